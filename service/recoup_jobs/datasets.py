@@ -1,0 +1,112 @@
+"""Uploaded data sets: checked line by line while they stream to disk, read back as prompts or text.
+
+A file is kept whole or not at all. What a line may hold stands in `rows.py`, the rows of
+the ledger's table of files in `catalog.py`.
+"""
+
+import hashlib
+import os
+import secrets
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from recoup.schemas import BuiltinPrompts, File, FilePrompts, Prompt, TextRow
+from recoup_jobs import catalog
+from recoup_jobs.catalog import NewFile
+from recoup_jobs.durable import CHUNK, sync_folder
+from recoup_jobs.errors import TooLarge, Unprocessable
+from recoup_jobs.ledger import Ledger
+from recoup_jobs.rows import Row, RowKind, check, lines, read_row
+from recoup_jobs.settings import Settings
+
+MOST_BYTES = 512 << 20
+BUILTIN = Path(__file__).with_name("builtin")
+
+
+def store_file(
+    ledger: Ledger, settings: Settings, filename: str, purpose: str, chunks: Iterable[bytes]
+) -> File:
+    """Keeps a JSONL data set; raises `Unprocessable` or `TooLarge`, and keeps nothing, if it is no good."""
+    id = f"file-{secrets.token_hex(12)}"
+    settings.files_dir.mkdir(parents=True, exist_ok=True)
+    aside, place = settings.files_dir / f".{id}.part", file_path(settings, id)
+    try:
+        checked = _write_checked(aside, chunks)
+        aside.replace(place)
+        sync_folder(settings.files_dir)
+        return catalog.add(ledger, NewFile(id=id, filename=filename, purpose=purpose, **checked))
+    except BaseException:
+        place.unlink(missing_ok=True)
+        raise
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def delete_file(ledger: Ledger, settings: Settings, id: str) -> None:
+    catalog.remove(ledger, id)
+    file_path(settings, id).unlink(missing_ok=True)
+
+
+def file_path(settings: Settings, id: str) -> Path:
+    return settings.files_dir / f"{id}.jsonl"
+
+
+def load_prompts(ledger: Ledger, settings: Settings, source: FilePrompts | BuiltinPrompts) -> list[Prompt]:
+    return list(iter_prompts(ledger, settings, source))
+
+
+def iter_prompts(
+    ledger: Ledger, settings: Settings, source: FilePrompts | BuiltinPrompts
+) -> Iterator[Prompt]:
+    """One at a time, for who needs only the first few."""
+    for row in _rows(_prompts_path(ledger, settings, source)):
+        if not isinstance(row, TextRow):
+            yield row.as_prompt()
+
+
+def load_text(ledger: Ledger, settings: Settings, source: FilePrompts) -> list[str]:
+    path = _path_of_kind(ledger, settings, source.file, "text")
+    return [row.text for row in _rows(path) if isinstance(row, TextRow)]
+
+
+def require_kind(ledger: Ledger, id: str, kind: RowKind) -> None:
+    """Raises `NotFound` for an unknown file, `Unprocessable` for one that holds something else."""
+    found = catalog.kind(ledger, id)
+    if found != kind:
+        raise Unprocessable("wrong_rows", f"the file holds {found}; here it must hold {kind}")
+
+
+def _write_checked(aside: Path, chunks: Iterable[bytes]) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with aside.open("xb") as out:
+        kind, rows = check(lines(_written(chunks, out, digest)))
+        out.flush()
+        os.fsync(out.fileno())
+        return {"kind": kind, "rows": rows, "bytes": out.tell(), "sha256": digest.hexdigest()}
+
+
+def _written(chunks: Iterable[bytes], out: BinaryIO, digest: Any) -> Iterator[bytes]:
+    for chunk in chunks:
+        digest.update(chunk)
+        out.write(chunk)
+        if out.tell() > MOST_BYTES:
+            raise TooLarge("file_too_large", f"a data set may have {MOST_BYTES} bytes at most")
+        yield chunk
+
+
+def _prompts_path(ledger: Ledger, settings: Settings, source: FilePrompts | BuiltinPrompts) -> Path:
+    if isinstance(source, BuiltinPrompts):
+        return BUILTIN / f"{source.builtin}.jsonl"
+    return _path_of_kind(ledger, settings, source.file, "prompts")
+
+
+def _path_of_kind(ledger: Ledger, settings: Settings, id: str, kind: RowKind) -> Path:
+    require_kind(ledger, id, kind)
+    return file_path(settings, id)
+
+
+def _rows(path: Path) -> Iterator[Row]:
+    with path.open("rb") as content:
+        for number, line in lines(iter(lambda: content.read(CHUNK), b"")):
+            yield read_row(number, line)

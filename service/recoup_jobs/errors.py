@@ -1,0 +1,74 @@
+"""What can go wrong with a request, as one tree; each error carries its HTTP status and a code.
+
+    RecoupError               500
+    ├── BadRequest            400  not readable as what it claims to be
+    ├── Unauthorized          401  no key, or not this one
+    ├── NotFound              404  no such thing
+    ├── Conflict              409  not in this state
+    │   └── StaleClaim             a writer whose claim on a job has passed to another
+    ├── TooLarge              413
+    ├── UnsupportedMedia      415
+    ├── Unprocessable         422  cannot be accepted as it was sent; names each finding
+    └── Unavailable           503  try again later
+
+A message is a sentence: what was expected, what was found, what to do. Why a *job* failed
+is a different thing: `recoup.schemas.JobError`.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from recoup.schemas import ProblemItem
+
+
+class RecoupError(Exception):
+    status: ClassVar[int] = 500
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(code, message)
+        self.code = code
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class BadRequest(RecoupError):
+    status = 400
+
+
+class Unauthorized(RecoupError):
+    status = 401
+
+
+class NotFound(RecoupError):
+    status = 404
+
+
+class Conflict(RecoupError):
+    status = 409
+
+
+class StaleClaim(Conflict):
+    """Stop working: the job has another owner by now, or has ended."""
+
+
+class TooLarge(RecoupError):
+    status = 413
+
+
+class UnsupportedMedia(RecoupError):
+    status = 415
+
+
+class Unprocessable(RecoupError):
+    status = 422
+
+    def __init__(self, code: str, message: str, items: Sequence[ProblemItem] = ()) -> None:
+        super().__init__(code, message)
+        self.args = (code, message, list(items))
+        self.items = list(items)
+
+
+class Unavailable(RecoupError):
+    status = 503

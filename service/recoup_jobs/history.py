@@ -1,0 +1,54 @@
+"""The only two ways in which a job's row and its history change together.
+
+`move` takes a job to another state, `append` adds an event; both belong into the caller's
+transaction, so a row and its history cannot disagree.
+"""
+
+from typing import Any, Literal
+
+from sqlalchemy import Connection, Row, insert, update
+
+from recoup.schemas import State
+from recoup.schemas.recovery import TERMINAL_STATES
+from recoup_jobs.lifecycle import HELD_STATES, check
+from recoup_jobs.tables import events, jobs, now
+
+EventType = Literal["state", "stage", "metric", "log"]
+
+
+def move(
+    conn: Connection, job: Row[Any], new: State, /, data: dict[str, Any] | None = None, **columns: Any
+) -> None:
+    """One legal step: the state, what the state implies, a new version and the event.
+
+    Raises `Conflict` where the step is not in the table of `lifecycle.py`.
+    """
+    check(job.state, new)
+    values = {"state": new, "version": jobs.c.version + 1} | _implied_by(new) | columns
+    conn.execute(update(jobs).where(jobs.c.id == job.id).values(values))
+    append(
+        conn,
+        job.id,
+        columns.get("epoch", job.epoch),
+        "state",
+        {"state": new, "from": job.state} | (data or {}),
+    )
+
+
+def append(conn: Connection, job_id: str, epoch: int, type: EventType, data: dict[str, Any]) -> None:
+    """The job's next event. The row's own counter numbers it, under the row's lock: no gap, no twin."""
+    counted = update(jobs).where(jobs.c.id == job_id).values(last_seq=jobs.c.last_seq + 1)
+    seq = conn.execute(counted.returning(jobs.c.last_seq)).scalar_one()
+    row = {"job_id": job_id, "seq": seq, "epoch": epoch, "type": type, "data": data, "at": now()}
+    conn.execute(insert(events).values(row))
+
+
+def _implied_by(new: State) -> dict[str, Any]:
+    implied: dict[str, Any] = {}
+    if new not in HELD_STATES:
+        implied |= {"owner": None, "lease_until": None, "progress": None}
+    if new == "queued":
+        implied |= {"published_at": None}
+    if new in TERMINAL_STATES:
+        implied |= {"finished_at": now()}
+    return implied

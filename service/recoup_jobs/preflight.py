@@ -1,0 +1,164 @@
+"""Everything that can be known before a GPU is taken: all that is wrong, in one answer.
+
+`preflight` runs where the request arrives, before a row is written, and again as the first
+stage of the job. It never loads a tensor. A finding has the pointer of the field that is
+to be changed.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recoup.schemas import BuiltinPrompts, CreateRecovery, FilePrompts, ModelRef
+from recoup_jobs.datasets import iter_prompts, require_kind
+from recoup_jobs.errors import Unprocessable
+from recoup_jobs.findings import Findings
+from recoup_jobs.ledger import Ledger
+from recoup_jobs.settings import Settings
+from recoup_jobs.sources import (
+    check_weights,
+    locate,
+    read_chat_template,
+    read_config,
+    read_vocabulary,
+    refuse_remote_code,
+)
+
+FEWEST_PROMPTS = 48
+"""Distinct ones: fewer cannot be split into training, validation and test."""
+
+HIDDEN_SIZE_KEYS = ("hidden_size", "n_embd", "d_model")
+
+
+@dataclass(frozen=True)
+class ModelFolders:
+    """Where the two models lie, links resolved."""
+
+    student: Path
+    teacher: Path
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the folder of one model says about it."""
+
+    path: Path
+    config: dict[str, Any]
+    vocabulary: dict[str, int] | None
+    chat_template: Any
+
+
+def preflight(request: CreateRecovery, ledger: Ledger, settings: Settings) -> ModelFolders:
+    """The folders to work with; raises `Unprocessable` with every finding."""
+    findings = Findings()
+    student = _inspect(findings, "/student/source", request.student, settings)
+    teacher = _inspect(findings, "/teacher/source", request.teacher, settings)
+    if student and teacher:
+        _compare(findings, student, teacher)
+    _check_data(findings, request, ledger, settings)
+    findings.raise_if_any()
+    assert student and teacher, "a model that could not be read is a finding"
+    return ModelFolders(student.path, teacher.path)
+
+
+def _inspect(findings: Findings, pointer: str, ref: ModelRef, settings: Settings) -> Model | None:
+    with findings.at(pointer):
+        folder = locate(ref.source, settings.model_roots)
+        with findings.at(pointer):
+            refuse_remote_code(folder)
+        with findings.at(pointer):
+            check_weights(folder)
+        config, vocabulary = read_config(folder), read_vocabulary(folder)
+        return Model(folder.path, config, vocabulary, read_chat_template(folder))
+    return None
+
+
+def _compare(findings: Findings, student: Model, teacher: Model) -> None:
+    for check in (
+        _require_same_architecture,
+        _require_same_width,
+        _require_same_vocabulary,
+        _require_same_template,
+    ):
+        with findings.at("/student/source"):
+            check(student, teacher)
+
+
+def _require_same_architecture(student: Model, teacher: Model) -> None:
+    ours, theirs = (model.config.get("architectures") for model in (student, teacher))
+    if ours != theirs:
+        message = (
+            f"the student is {_shown(ours)}, the teacher {_shown(theirs)}; both must be of one architecture"
+        )
+        raise Unprocessable("incompatible_architectures", message)
+
+
+def _require_same_width(student: Model, teacher: Model) -> None:
+    ours, theirs = (_config_value(model, *HIDDEN_SIZE_KEYS) for model in (student, teacher))
+    if ours != theirs:
+        message = f"hidden size {_shown(ours)} of the student is not the teacher's {_shown(theirs)}"
+        raise Unprocessable("incompatible_models", message)
+
+
+def _require_same_vocabulary(student: Model, teacher: Model) -> None:
+    """Distillation compares distributions over tokens, so a token must be the same thing to both."""
+    ours, theirs = student.vocabulary, teacher.vocabulary
+    if (ours is None or theirs is None or ours == theirs) and _logits(student) == _logits(teacher):
+        return
+    message = (
+        f"the student's vocabulary ({_vocabulary(student)}) is not the teacher's ({_vocabulary(teacher)}); "
+        "off_policy compares them token by token, so this pair needs a method that works on text"
+    )
+    raise Unprocessable("vocabulary_mismatch", message)
+
+
+def _require_same_template(student: Model, teacher: Model) -> None:
+    if student.chat_template != teacher.chat_template:
+        message = (
+            "student and teacher have different chat templates; give both the one they were trained with"
+        )
+        raise Unprocessable("chat_template_mismatch", message)
+
+
+def _check_data(findings: Findings, request: CreateRecovery, ledger: Ledger, settings: Settings) -> None:
+    with findings.at("/prompts/builtin" if isinstance(request.prompts, BuiltinPrompts) else "/prompts/file"):
+        _require_enough(request.prompts, ledger, settings)
+    if request.keep is not None:
+        with findings.at("/keep/file"):
+            require_kind(ledger, request.keep.file, "prompts")
+    if request.evaluation.natural_text is not None:
+        with findings.at("/evaluation/natural_text/file"):
+            require_kind(ledger, request.evaluation.natural_text.file, "text")
+
+
+def _require_enough(source: FilePrompts | BuiltinPrompts, ledger: Ledger, settings: Settings) -> None:
+    distinct: set[str] = set()
+    for prompt in iter_prompts(ledger, settings, source):
+        distinct.add(prompt.model_dump_json(include={"messages"}))
+        if len(distinct) >= FEWEST_PROMPTS:
+            return
+    message = f"{len(distinct)} distinct prompts are too few; at least {FEWEST_PROMPTS} are needed"
+    raise Unprocessable("too_few_prompts", message)
+
+
+def _config_value(model: Model, *names: str) -> Any:
+    """The first of these keys that the configuration has, at its top or in its text part."""
+    text = model.config.get("text_config")
+    for part in (model.config, text if isinstance(text, dict) else {}):
+        for name in names:
+            if name in part:
+                return part[name]
+    return None
+
+
+def _logits(model: Model) -> Any:
+    return _config_value(model, "vocab_size")
+
+
+def _vocabulary(model: Model) -> str:
+    tokens = "no tokenizer.json" if model.vocabulary is None else f"{len(model.vocabulary)} tokens"
+    return f"{tokens}, vocab_size {_shown(_logits(model))}"
+
+
+def _shown(value: Any) -> str:
+    return str(value)[:100]

@@ -1,0 +1,59 @@
+"""Child processes that end with their parent, and parents that end their children.
+
+On Linux the kernel tells (`PR_SET_PDEATHSIG`); elsewhere a child that was given a pipe as
+its standard input ends when the other side of it is gone.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+PR_SET_PDEATHSIG = 1
+
+
+def bound(command: list[str]) -> list[str]:
+    """The same command, started so that it ends when the thread that starts it does."""
+    return [sys.executable, "-m", "recoup_jobs.processes", *command]
+
+
+def die_with_parent() -> None:
+    """Makes this process receive SIGKILL when the thread that started it ends; Linux only."""
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_with_stdin() -> None:
+    """Ends this process's group when standard input, a pipe of the parent's, is closed."""
+
+    def watch() -> None:
+        sys.stdin.buffer.read()
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="stdin", daemon=True).start()
+
+
+def stop_group(process: subprocess.Popen[bytes], grace_seconds: float) -> None:
+    """SIGTERM to the process, then, after the grace, SIGKILL to its whole group."""
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(grace_seconds)
+    kill_group(process)
+
+
+def kill_group(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to every process of the group that `process` leads, and waits for `process`."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+if __name__ == "__main__":
+    die_with_parent()
+    os.execvp(sys.argv[1], sys.argv[1:])

@@ -1,0 +1,97 @@
+"""The one place that reads the environment.
+
+`Settings` is built once by whoever starts a process; below it everything takes plain
+arguments. A child process reads the same values from `environment()`.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, SecretStr, ValidationInfo, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+PREFIX = "RECOUP_"
+
+Seconds = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Settings(BaseSettings):
+    """What an installation is made of; each field is read from `RECOUP_<NAME>`."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_ignore_empty=True, frozen=True, extra="ignore", validate_default=True
+    )
+
+    home: Path = Path("~/.recoup")
+    """Everything that is kept on disk lies below this folder."""
+    database_url: Annotated[str | None, Field(repr=False)] = None
+    """The ledger, SQLite or PostgreSQL; default: `ledger.db` below `home`."""
+    broker_url: Annotated[str | None, Field(repr=False)] = None
+    """Redis or Valkey; without it nobody publishes hints."""
+    vllm_urls: Annotated[list[str], NoDecode] = []
+    """Comma separated."""
+    model_roots: Annotated[list[Path], NoDecode] = []
+    """Folders below which models may lie, comma separated; default: `models` below `home`."""
+    api_key: SecretStr | None = None
+    """Asked of all but probes and documentation; without it only loopback names are served."""
+    queue: Annotated[str, Field(pattern=r"^[a-z0-9.]{1,64}$")] = "gpu.cpu"
+    """The class of machine that new jobs ask for."""
+    lease_seconds: Seconds = 30
+    """A worker that does not renew its claim for so long has lost it."""
+    grace_seconds: Seconds = 30
+    """From SIGTERM to SIGKILL, for a runner that is told to stop."""
+    sweep_seconds: Seconds = 1
+    republish_seconds: Seconds = 60
+    """A hint that nobody followed for so long is published again."""
+    max_application_failures: Count = 3
+    max_infrastructure_losses: Count = 5
+
+    @field_validator("vllm_urls", "model_roots", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        return [part.strip() for part in value.split(",") if part.strip()]
+
+    @field_validator("home")
+    @classmethod
+    def _absolute(cls, home: Path) -> Path:
+        return home.expanduser().resolve()
+
+    @field_validator("database_url")
+    @classmethod
+    def _ledger_at_home(cls, url: str | None, info: ValidationInfo) -> str | None:
+        return url or f"sqlite:///{info.data['home'] / 'ledger.db'}"
+
+    @field_validator("model_roots")
+    @classmethod
+    def _roots_at_home(cls, roots: list[Path], info: ValidationInfo) -> list[Path]:
+        return [root.expanduser().resolve() for root in roots] or [info.data["home"] / "models"]
+
+    @property
+    def files_dir(self) -> Path:
+        return self.home / "files"
+
+    @property
+    def jobs_dir(self) -> Path:
+        return self.home / "jobs"
+
+    def stage_folder(self, folder: str) -> Path:
+        """Where the result of a committed stage lies; the ledger keeps the path below `jobs_dir`."""
+        return self.jobs_dir / folder
+
+    def environment(self) -> dict[str, str]:
+        """The variables from which a child process reads these same settings, the key included."""
+        values = {PREFIX + name.upper(): _as_text(value) for name, value in self}
+        return {name: text for name, text in values.items() if text}
+
+
+def _as_text(value: Any) -> str:
+    as_text: dict[type, Callable[[Any], str]] = {
+        type(None): lambda _: "",
+        list: lambda parts: ",".join(map(str, parts)),
+        SecretStr: SecretStr.get_secret_value,
+    }
+    return as_text.get(type(value), str)(value)

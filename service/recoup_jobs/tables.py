@@ -1,0 +1,106 @@
+"""The four tables of the ledger, and the database's own clock.
+
+Times are Unix seconds. `jobs.number` orders jobs by arrival, `jobs.id` is what the world
+sees. `jobs.last_seq` counts the job's events, so that `events.seq` has no gaps. The
+request stays the JSON text that was accepted.
+"""
+
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Column,
+    Double,
+    ForeignKey,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+)
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
+
+metadata = MetaData()
+Number = BigInteger().with_variant(Integer, "sqlite")
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("number", Number, primary_key=True, autoincrement=True),
+    Column("id", String(32), nullable=False, unique=True),
+    Column("state", String(16), nullable=False, index=True),
+    Column("stage", String(16)),
+    Column("outcome", String(16)),
+    Column("error", JSON(none_as_null=True)),
+    Column("progress", JSON(none_as_null=True)),
+    Column("request", Text, nullable=False),
+    Column("priority", Integer, nullable=False),
+    Column("queue", String(64), nullable=False),
+    Column("epoch", Integer, nullable=False, default=0),
+    Column("version", Integer, nullable=False, default=1),
+    Column("last_seq", Integer, nullable=False, default=0),
+    Column("owner", String(200)),
+    Column("lease_until", Double),
+    Column("application_failures", Integer, nullable=False, default=0),
+    Column("infrastructure_losses", Integer, nullable=False, default=0),
+    Column("published_at", Double),
+    Column("created_at", Double, nullable=False),
+    Column("started_at", Double),
+    Column("finished_at", Double),
+    sqlite_autoincrement=True,
+)
+
+stages = Table(
+    "stages",
+    metadata,
+    Column("job_id", String(32), ForeignKey(jobs.c.id), primary_key=True),
+    Column("stage", String(16), primary_key=True),
+    Column("epoch", Integer, nullable=False),
+    Column("folder", Text, nullable=False),
+    Column("committed_at", Double, nullable=False),
+)
+
+events = Table(
+    "events",
+    metadata,
+    Column("job_id", String(32), ForeignKey(jobs.c.id), primary_key=True),
+    Column("seq", Integer, primary_key=True, autoincrement=False),
+    Column("epoch", Integer, nullable=False),
+    Column("type", String(16), nullable=False),
+    Column("data", JSON, nullable=False),
+    Column("at", Double, nullable=False),
+)
+
+files = Table(
+    "files",
+    metadata,
+    Column("number", Number, primary_key=True, autoincrement=True),
+    Column("id", String(32), nullable=False, unique=True),
+    Column("filename", String(255), nullable=False),
+    Column("purpose", String(64), nullable=False),
+    Column("kind", String(16), nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("rows", Integer, nullable=False),
+    Column("sha256", String(64), nullable=False),
+    Column("created_at", Double, nullable=False),
+    sqlite_autoincrement=True,
+)
+
+
+class now(FunctionElement[float]):  # noqa: N801 - an SQL function
+    """Unix seconds by the database's clock: leases never compare the clocks of two machines."""
+
+    type = Double()
+    inherit_cache = True
+
+
+@compiles(now, "sqlite")
+def _sqlite_now(*_: Any, **__: Any) -> str:
+    return "((julianday('now') - 2440587.5) * 86400.0)"
+
+
+@compiles(now, "postgresql")
+def _postgresql_now(*_: Any, **__: Any) -> str:
+    return "CAST(extract(epoch FROM clock_timestamp()) AS double precision)"

@@ -1,0 +1,104 @@
+"""`recoup-server`: up | api | worker | demo. What each starts is imported only then."""
+
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from recoup_jobs.settings import Settings
+
+LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
+DEFAULT_PORT = 8321
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Run Recoup's service and workers.")
+
+Home = Annotated[
+    Path | None, typer.Option(help="Where everything is kept. [default: RECOUP_HOME or ~/.recoup]")
+]
+Host = Annotated[str, typer.Option(help="Address to listen on; anything but loopback needs RECOUP_API_KEY.")]
+Port = Annotated[int, typer.Option(min=1, max=65535)]
+
+
+def main() -> None:
+    app()
+
+
+@app.command()
+def up(home: Home = None, host: Host = "127.0.0.1", port: Port = DEFAULT_PORT) -> None:
+    """Start a whole installation on this machine: broker, API and one worker."""
+    from recoup_server.embedded import StartError, running
+
+    settings = _settings(home)
+    _require_key(settings, host)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        with running(settings, host, port) as installation:
+            typer.echo(f"Recoup is up on {installation.url} (documentation: {installation.url}/docs).")
+            typer.echo(f"Models go below {settings.model_roots[0]}. Stop it with Ctrl-C.")
+            while True:
+                installation.check()
+                time.sleep(1.0)
+    except KeyboardInterrupt:
+        typer.echo("Stopped.")
+    except StartError as error:
+        typer.echo(str(error), err=True)
+        sys.exit(1)
+
+
+@app.command()
+def api(home: Home = None, host: Host = "127.0.0.1", port: Port = DEFAULT_PORT) -> None:
+    """Serve the REST API and publish hints to the workers."""
+    import uvicorn
+
+    from recoup_api.app import create_app
+    from recoup_jobs.ledger import open_ledger
+
+    settings = _settings(home)
+    _require_key(settings, host)
+    ledger = open_ledger(settings)
+    try:
+        uvicorn.run(
+            create_app(settings, ledger),
+            host=host,
+            port=port,
+            timeout_graceful_shutdown=5,
+            server_header=False,
+        )
+    finally:
+        ledger.close()
+
+
+@app.command()
+def worker(home: Home = None) -> None:
+    """Take up recoveries from the queue, one at a time."""
+    from recoup_worker.main import serve
+
+    serve(_settings(home))
+
+
+@app.command()
+def demo(
+    damage: Annotated[Literal["finetuning", "quantization", "pruning"], typer.Option()] = "finetuning",
+    home: Home = None,
+) -> None:
+    """Damage a real small model, recover it through the API, and print the verdict."""
+    from recoup_server.demo import run_demo
+
+    sys.exit(run_demo(damage, _settings(home)))
+
+
+def _settings(home: Path | None) -> Settings:
+    return Settings(home=home) if home else Settings()
+
+
+def _require_key(settings: Settings, host: str) -> None:
+    if host not in LOOPBACK and settings.api_key is None:
+        typer.echo(f"Listening on {host} needs a key: set RECOUP_API_KEY, or listen on 127.0.0.1.", err=True)
+        sys.exit(2)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,34 @@
+"""The calls as values: what goes into a path, a query and a body."""
+
+import pytest
+
+from recoup import CreateRecovery, InvalidArgumentError, _calls
+
+
+@pytest.mark.parametrize("id", ["", "..", "a/b", "a?b", "a\n", "%2e", "-a", "a b", "é", "a" * 129])
+def test_an_id_that_could_address_another_route_is_refused(id):
+    with pytest.raises(InvalidArgumentError, match="is no id of a"):
+        _calls.get_recovery(id)
+    with pytest.raises(ValueError):
+        _calls.get_file(id)
+
+
+@pytest.mark.parametrize(
+    ("path", "escaped"),
+    [("a/b.json", "a/b.json"), ("a b?c#d", "a%20b%3Fc%23d"), ("100%/é", "100%25/%C3%A9")],
+)
+def test_an_artifacts_path_is_escaped_segment_by_segment(path, escaped):
+    assert _calls.get_artifact("rec_1", path).path == f"/v1/recoveries/rec_1/artifacts/{escaped}"
+
+
+def test_only_what_the_caller_set_is_sent():
+    request = CreateRecovery.model_validate(
+        {"student": {"source": "s"}, "teacher": {"source": "t"}, "training": {"steps": 5}}
+    )
+    body = {"student": {"source": "s"}, "teacher": {"source": "t"}, "training": {"steps": 5}}
+    assert _calls.create_recovery(request).json == body
+
+
+def test_what_was_not_given_is_not_in_the_query():
+    assert _calls.list_recoveries(None, None).query == ()
+    assert _calls.list_recoveries("c", 5).query == (("after", "c"), ("limit", "5"))

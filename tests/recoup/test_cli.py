@@ -1,0 +1,248 @@
+"""`recoup` on the command line: what it prints, and with which code it ends."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+import recoup
+from recoup import _render, _watch
+from recoup._commands import app
+from recoup.schemas import Event, Progress
+
+SUBMIT = ["submit", "--student", "damaged", "--teacher", "healthy"]
+
+
+@pytest.fixture
+def run(service, monkeypatch):
+    monkeypatch.setenv("RECOUP_BASE_URL", service.url)
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "COLUMNS"):
+        monkeypatch.delenv(name, raising=False)
+    return lambda *arguments: CliRunner().invoke(app, [*map(str, arguments)])
+
+
+@pytest.fixture
+def id(client):
+    return client.recoveries.create(student="damaged", teacher="healthy").id
+
+
+def event(type: str, **data: object) -> Event:
+    row = {"object": "recovery.event", "seq": 1, "epoch": 1, "type": type, "data": data, "at": 1.0}
+    return Event.model_validate(row)
+
+
+def test_submit_says_how_to_watch(run, service):
+    result = run(*SUBMIT)
+    (id,) = service.jobs
+    assert (result.exit_code, result.stdout) == (0, f"{id} queued\nwatch it with: recoup watch {id}\n")
+
+
+def test_submit_sends_the_options_and_uploads_the_files(run, service, tmp_path):
+    (tmp_path / "general.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "skill.jsonl").write_text('{"prompt": "b"}\n')
+    files = ["--prompts", tmp_path / "general.jsonl", "--keep", tmp_path / "skill.jsonl"]
+    options = ["--damage", "pruning", "--method", "off_policy", "--mode", "lora", "--steps", 9, "--seed", 3]
+    more = ["--learning-rate", "2e-4", "--batch-size", 4, "--max-new-tokens", 32, "--name", "fixed"]
+    result = run(*SUBMIT, *files, *options, *more, "--json")
+    assert result.exit_code == 0, result.output
+    general, skill = service.files
+    assert [file["filename"] for file in service.files.values()] == ["general.jsonl", "skill.jsonl"]
+    assert json.loads(service.sent("POST", "/v1/recoveries")[0].body) == {
+        "student": {"source": "damaged"},
+        "teacher": {"source": "healthy"},
+        "damage": "pruning",
+        "prompts": {"file": general},
+        "keep": {"file": skill},
+        "method": {"type": "off_policy"},
+        "training": {"mode": "lora", "steps": 9, "learning_rate": 2e-4, "batch_size": 4},
+        "generation": {"max_new_tokens": 32},
+        "output": {"name": "fixed"},
+        "seed": 3,
+    }
+    assert json.loads(result.stdout)["state"] == "queued"
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [(["--steps", "0"], "training.steps"), (["--damage", "dropped"], "damage"), (["--seed", "-1"], "seed")],
+)
+def test_a_wrong_option_is_named_and_nothing_is_uploaded(run, service, tmp_path, options, named):
+    (tmp_path / "general.jsonl").write_text('{"prompt": "a"}\n')
+    result = run(*SUBMIT, *options, "--prompts", tmp_path / "general.jsonl")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert named in result.stderr
+    assert service.seen == []
+
+
+@pytest.mark.parametrize(
+    "arguments", [["submit"], ["sumbit"], [*SUBMIT, "--keep", "/no/such/file"], ["list", "--limit", "0"]]
+)
+def test_wrong_usage_is_2(run, arguments):
+    assert run(*arguments).exit_code == 2
+
+
+def test_submit_and_watch_ends_with_the_verdict(run):
+    result = run(*SUBMIT, "--watch")
+    assert result.exit_code == 0, result.output
+    for line in ("generate: started", "distil: 12/60 steps, 1 min 30 s left", "train: step 12, loss 0.4200"):
+        assert line in result.stdout
+    assert "outcome: recovered\n" in result.stdout
+
+
+def test_watch_as_json_is_a_line_an_event_and_the_recovery_last(run, id, service):
+    result = run("watch", id, "--json")
+    *events, last = [json.loads(line) for line in result.stdout.splitlines()]
+    assert result.exit_code == 0
+    assert [line["seq"] for line in events] == [*range(1, len(service.events[id]) + 1)]
+    assert (last["object"], last["state"]) == ("recovery", "succeeded")
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_failed_job_is_1_and_says_why(failing, run, options):
+    result = run(*SUBMIT, "--watch", *options)
+    assert result.exit_code == 1
+    assert "The device has too little memory. (out_of_memory)" in result.stderr
+
+
+def test_a_cancelled_job_is_1(run, id):
+    assert run("cancel", id).stdout == f"{id} cancelling\n"
+    result = run("watch", id)
+    assert (result.exit_code, result.stderr) == (1, f"{id} was cancelled.\n")
+
+
+def test_a_refused_request_is_2_and_says_why(run):
+    result = run("show", "rec_404")
+    assert result.exit_code == 2
+    assert "404 (not_found): There is no recovery rec_404. [request req_1]" in result.stderr
+    assert run("show", "../files").exit_code == 2
+
+
+def test_a_server_out_of_reach_is_3(run, monkeypatch):
+    monkeypatch.setenv("RECOUP_BASE_URL", "http://127.0.0.1:1")
+    result = run("list")
+    assert result.exit_code == 3
+    assert "Cannot reach http://127.0.0.1:1" in result.stderr
+
+
+def test_report_prints_the_verdict_and_writes_the_page(run, id, tmp_path):
+    result = run("report", id, "--html", tmp_path / "report.html")
+    assert result.exit_code == 0, result.output
+    assert "recovered fraction: 0.830 [0.780, 0.880]" in result.stdout
+    assert "note: Alignment and behaviour agree." in result.stdout
+    assert (tmp_path / "report.html").read_text() == "<html>the report</html>"
+
+
+def test_report_as_json_is_the_report(run, id, report):
+    assert json.loads(run("report", id, "--json").stdout) == report(id).model_dump(mode="json")
+
+
+def test_list_shows_the_newest_asked_for(run, client):
+    ids = [client.recoveries.create(student="damaged", teacher="healthy").id for _ in range(4)]
+    plain = run("list", "--limit", "3").stdout
+    assert all(id in plain for id in ids[:3])
+    assert ids[3] not in plain
+    assert [job["id"] for job in json.loads(run("list", "--json").stdout)] == ids
+
+
+def test_show_prints_what_is_known(run, id, client):
+    client.recoveries.wait(id)
+    lines = run("show", id).stdout.splitlines()
+    assert f"id: {id}" in lines
+    assert "state: succeeded" in lines
+    assert "outcome: recovered" in lines
+    assert not any(line.startswith("error") for line in lines)
+
+
+def test_download_prints_the_paths(run, id, service, tmp_path):
+    result = run("download", id, tmp_path / "out")
+    assert result.exit_code == 0
+    assert [Path(line).read_bytes() for line in result.stdout.splitlines()] == [*service.artifacts.values()]
+    service.artifacts["../evil"] = b""
+    assert run("download", id, tmp_path / "out").exit_code == 3
+
+
+def test_interrupting_a_watch_is_130_and_says_how_to_come_back(endless, id):
+    code = [sys.executable, "-c", "from recoup.cli import main; main()", "watch", id]
+    environment = os.environ | {"RECOUP_BASE_URL": endless.url, "PYTHONUNBUFFERED": "1"}
+    environment["PYTHONPATH"] = str(Path(recoup.__file__).parents[1])
+    watching = subprocess.Popen(
+        code, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    while not any("wait" in request.query for request in [*endless.seen]):
+        time.sleep(0.05)
+    watching.send_signal(signal.SIGINT)
+    _, errors = watching.communicate(timeout=10)
+    assert watching.returncode == 130
+    assert f"{id} goes on; watch it again with: recoup watch {id}" in errors
+    assert "Traceback" not in errors
+
+
+def test_a_terminal_gets_a_bar_a_stage(client, id):
+    console = Console(force_terminal=True, width=120, file=io.StringIO())
+    assert _watch.watch(client, id, console).state == "succeeded"
+    screen = console.file.getvalue()
+    for part in ("generate", "distil", "12/60 steps", "step 12, loss 0.4200, KL 0.3100", "picked up"):
+        assert part in screen
+
+
+def test_plain_lines_do_not_follow_every_step():
+    console = Console(file=io.StringIO(), width=80)
+    now = iter([0.0, 1.0, 4.9, 5.0])
+    view = _watch.LineView(console, every=5.0, clock=lambda: next(now))
+    for step in range(4):
+        view.event(event("metric", name="train", step=step, loss=1.0))
+    view.event(event("metric", name="validation", step=4, kl=0.5))
+    assert console.file.getvalue().splitlines() == [
+        "train: step 0, loss 1.0000",
+        "train: step 3, loss 1.0000",
+        "validation: step 4, KL 0.5000",
+    ]
+
+
+def test_the_verdict_table_shows_measures_alignment_and_cost(report):
+    console = Console(file=io.StringIO(), width=140)
+    console.print(_render.verdict_table(report()))
+    rows = [" ".join(line.replace("│", " ").split()) for line in console.file.getvalue().splitlines()]
+    assert "KL to the teacher (nats) 0.0004 1.25 0.2125 0.830 [0.780, 0.880]" in rows
+    assert "skill 0.2 0.9 0.882 kept 0.980 [0.950, 1.000]" in rows
+    assert "alignment, last layer 0.99 0.6 0.9 0.770 [0.700, 0.840]" in rows
+    assert "60 steps on 12,345 tokens, 9,000 generated; 3 min 20 s and 2.0 GiB on cpu" in rows
+
+
+def test_an_untrained_report_has_a_verdict_too(report):
+    untrained = report(outcome="not_needed", recovered=None, training=None, promoted=False)
+    assert _render.verdict_lines(untrained)[::2] == [
+        "outcome: not_needed",
+        "recovered fraction: not measured",
+    ]
+    assert _render.verdict_table(untrained).row_count == 4
+
+
+def test_what_a_server_writes_cannot_steer_the_terminal(report):
+    evil = "\x1b]0;owned\x07[bold]fine[/bold]"
+    assert "\x1b" not in "".join(_render.verdict_lines(report(reason=evil)))
+    assert "\x1b" not in _watch.line(event("log", message=evil))
+    console = Console(file=io.StringIO(), width=140)
+    _render.print_verdict(report(remarks=[evil]), console)
+    assert "[bold]fine[/bold]" in console.file.getvalue()
+    assert "\x1b" not in console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.2, "0 s"), (59.6, "1 min 0 s"), (200, "3 min 20 s"), (7_500, "2 h 5 min")]
+)
+def test_durations_are_for_readers(seconds, words):
+    assert _render.span(seconds) == words
+
+
+def test_a_stage_without_an_estimate_shows_none():
+    row = {"stage": "distil", "done": 1, "total": 2, "unit": "steps", "eta_seconds": None}
+    assert _watch.count(Progress.model_validate(row)) == "1/2 steps"

@@ -1,0 +1,85 @@
+"""The service in this process, with a client, tiny models and a worker that is the test itself."""
+
+import json
+
+import numpy
+import pytest
+from fastapi.testclient import TestClient
+from safetensors.numpy import save_file
+
+from recoup_api.app import create_app
+from recoup_jobs.artifacts import ARTIFACTS, publish
+from recoup_jobs.ledger import open_ledger
+from recoup_jobs.settings import Settings
+
+REPORT = {"object": "recovery.report", "alignment": {"positions": 4096, "ceiling": [0.99, None]}}
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return Settings(home=tmp_path / "home", sweep_seconds=0.02)
+
+
+@pytest.fixture
+def ledger(settings):
+    ledger = open_ledger(settings)
+    yield ledger
+    ledger.close()
+
+
+@pytest.fixture
+def client(settings, ledger):
+    with TestClient(create_app(settings, ledger), base_url="http://127.0.0.1") as client:
+        yield client
+
+
+@pytest.fixture
+def write_model(settings):
+    """Writes a model folder that preflight accepts."""
+
+    def write(name, tokens=("a", "b", "c"), **config):
+        folder = settings.model_roots[0] / name
+        folder.mkdir(parents=True)
+        llama = {"architectures": ["LlamaForCausalLM"], "hidden_size": 4, "vocab_size": len(tokens)}
+        vocabulary = {token: id for id, token in enumerate(tokens)}
+        (folder / "config.json").write_text(json.dumps(llama | config))
+        (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}))
+        save_file({"w": numpy.zeros((3, 4), numpy.float32)}, folder / "model.safetensors")
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def body(write_model):
+    """A request that is accepted."""
+    write_model("teacher")
+    write_model("student")
+    return {"student": {"source": "student"}, "teacher": {"source": "teacher"}}
+
+
+@pytest.fixture
+def job(client, body):
+    """A queued recovery."""
+    return client.post("/v1/recoveries", json=body).json()
+
+
+@pytest.fixture
+def claim(ledger, job):
+    """The same recovery, running."""
+    return ledger.claim("worker", ["gpu.cpu"], 30)
+
+
+@pytest.fixture
+def finished(settings, ledger, claim, tmp_path):
+    """The id of a recovery that succeeded and published its report."""
+    page = tmp_path / "page"
+    page.write_text("<!doctype html><title>Report</title>")
+    report = tmp_path / "report"
+    report.write_text(json.dumps(REPORT))
+    files = {"report.json": report, "report.html": page, "adapter/adapter_config.json": report}
+    place = f"{claim.job_id}/e{claim.epoch}/package"
+    publish(settings.stage_folder(place) / ARTIFACTS, files)
+    ledger.commit_stage(claim, "package", place)
+    ledger.succeed(claim, "recovered")
+    return claim.job_id

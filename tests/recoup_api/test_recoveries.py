@@ -1,0 +1,152 @@
+import hashlib
+import threading
+import time
+
+import pytest
+
+from recoup.schemas import Recovery
+
+
+def test_a_recovery_is_accepted_and_can_be_read_where_the_answer_points(client, body):
+    accepted = client.post("/v1/recoveries", json=body)
+    assert accepted.status_code == 202
+    location = accepted.headers["location"]
+    assert client.get(location).json() == accepted.json()
+    assert Recovery.model_validate(accepted.json()).state == "queued"
+
+
+def test_every_default_is_in_the_answer(job):
+    assert job["request"]["training"]["lora"] == {"rank": 16, "alpha": 32, "targets": "auto"}
+
+
+def test_recoveries_are_listed_newest_first_in_pages(client, body):
+    created = [client.post("/v1/recoveries", json=body).json()["id"] for _ in range(3)]
+    first = client.get("/v1/recoveries", params={"limit": 2}).json()
+    rest = client.get("/v1/recoveries", params={"limit": 2, "after": first["next_cursor"]}).json()
+    assert [job["id"] for job in first["data"] + rest["data"]] == created[::-1]
+    assert (first["has_more"], rest["has_more"]) == (True, False)
+
+
+def test_a_list_can_be_of_one_state(client, claim):
+    assert len(client.get("/v1/recoveries", params={"state": "running"}).json()["data"]) == 1
+    assert client.get("/v1/recoveries", params={"state": "queued"}).json()["data"] == []
+
+
+def test_an_unchanged_recovery_is_not_sent_twice(client, ledger, job):
+    url = f"/v1/recoveries/{job['id']}"
+    etag = client.get(url).headers["etag"]
+    assert client.get(url, headers={"if-none-match": etag}).status_code == 304
+    ledger.cancel(job["id"])
+    assert client.get(url, headers={"if-none-match": etag}).json()["state"] == "cancelled"
+
+
+def test_a_long_poll_answers_at_the_change_and_not_at_its_end(client, ledger, claim):
+    later = threading.Timer(0.3, ledger.enter_stage, (claim, "diagnose"))
+    later.start()
+    began = time.monotonic()
+    seen = client.get(f"/v1/recoveries/{claim.job_id}", params={"wait": 30}).json()
+    later.join()
+    assert seen["stage"] == "diagnose"
+    assert time.monotonic() - began < 5
+
+
+def test_a_long_poll_that_sees_no_change_says_so(client, job):
+    url = f"/v1/recoveries/{job['id']}"
+    seen = client.get(url, params={"wait": 0.3}, headers={"if-none-match": '"1"'})
+    assert (seen.status_code, seen.content) == (304, b"")
+
+
+def test_a_long_poll_does_not_wait_for_what_has_ended(client, finished):
+    began = time.monotonic()
+    assert client.get(f"/v1/recoveries/{finished}", params={"wait": 30}).json()["state"] == "succeeded"
+    assert time.monotonic() - began < 5
+
+
+def test_cancelling_is_final(client, job):
+    url = f"/v1/recoveries/{job['id']}/cancel"
+    assert client.post(url).json()["state"] == "cancelled"
+    again = client.post(url)
+    assert (again.status_code, again.json()["code"]) == (409, "job_terminal")
+
+
+def test_cancelling_a_running_recovery_twice_is_the_same_answer(client, claim):
+    url = f"/v1/recoveries/{claim.job_id}/cancel"
+    assert client.post(url).json() == client.post(url).json()
+
+
+def test_events_come_in_order_and_in_pages(client, claim):
+    url = f"/v1/recoveries/{claim.job_id}/events"
+    first = client.get(url, params={"limit": 1}).json()
+    rest = client.get(url, params={"after": first["next_cursor"]}).json()
+    assert [event["data"]["state"] for event in first["data"] + rest["data"]] == ["queued", "running"]
+
+
+@pytest.mark.parametrize("part", ["report", "alignment", "artifacts", "artifacts/report.json"])
+def test_what_is_not_there_yet_is_a_conflict_that_names_the_state(client, claim, part):
+    refused = client.get(f"/v1/recoveries/{claim.job_id}/{part}")
+    assert (refused.status_code, refused.json()["code"]) == (409, "not_finished")
+    assert "running" in refused.json()["detail"]
+
+
+@pytest.mark.parametrize("part", ["report", "alignment", "artifacts", "artifacts/report.json"])
+def test_a_recovery_that_ended_without_artifacts_has_none(client, job, part):
+    client.post(f"/v1/recoveries/{job['id']}/cancel")
+    refused = client.get(f"/v1/recoveries/{job['id']}/{part}")
+    assert (refused.status_code, refused.json()["code"]) == (404, "no_artifacts")
+
+
+def test_the_report_is_json_for_programs(client, finished):
+    answer = client.get(f"/v1/recoveries/{finished}/report")
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.json()["object"] == "recovery.report"
+
+
+def test_the_report_is_a_page_for_browsers(client, finished):
+    accept = {"accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
+    answer = client.get(f"/v1/recoveries/{finished}/report", headers=accept)
+    assert answer.headers["content-type"].startswith("text/html")
+    assert "sandbox" in answer.headers["content-security-policy"]
+    assert answer.text.startswith("<!doctype html>")
+
+
+def test_the_alignment_is_the_reports(client, finished):
+    report = client.get(f"/v1/recoveries/{finished}/report").json()
+    assert client.get(f"/v1/recoveries/{finished}/alignment").json() == report["alignment"]
+
+
+def test_an_artifact_is_what_the_manifest_says(client, finished):
+    listed = client.get(f"/v1/recoveries/{finished}/artifacts").json()["data"]
+    assert {file["path"] for file in listed} == {"report.json", "report.html", "adapter/adapter_config.json"}
+    for file in listed:
+        content = client.get(f"/v1/recoveries/{finished}/artifacts/{file['path']}").content
+        assert (len(content), hashlib.sha256(content).hexdigest()) == (file["size"], file["sha256"])
+
+
+def test_a_part_of_an_artifact_can_be_asked_for(client, finished):
+    url = f"/v1/recoveries/{finished}/artifacts/report.html"
+    part = client.get(url, headers={"range": "bytes=2-8"})
+    assert (part.status_code, part.content) == (206, b"doctype")
+
+
+@pytest.mark.parametrize(
+    "path", ["manifest.json", "..%2f..%2f..%2fledger.db", "%2fetc%2fpasswd", "adapter", "x%00.json"]
+)
+def test_nothing_but_artifacts_can_be_fetched(client, finished, path):
+    assert client.get(f"/v1/recoveries/{finished}/artifacts/{path}").status_code == 404
+
+
+@pytest.mark.parametrize("id", ["rec_000000000000000000000000", "rec_%00", "%ff%fe", "..%2f..%2fetc"])
+def test_an_unknown_recovery_is_not_found(client, id):
+    assert client.get(f"/v1/recoveries/{id}").status_code == 404
+    assert client.post(f"/v1/recoveries/{id}/cancel").status_code == 404
+
+
+@pytest.mark.parametrize("query", ["limit=0", "limit=-1", "limit=1000000000", "limit=abc", "state=done"])
+def test_a_list_that_cannot_be_is_refused(client, query):
+    refused = client.get(f"/v1/recoveries?{query}")
+    assert (refused.status_code, refused.json()["code"]) == (422, "invalid_value")
+
+
+def test_a_made_up_cursor_is_refused(client):
+    refused = client.get("/v1/recoveries", params={"after": "x\x00"})
+    assert (refused.status_code, refused.json()["code"]) == (400, "invalid_cursor")

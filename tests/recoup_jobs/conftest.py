@@ -1,0 +1,75 @@
+"""A ledger on SQLite (or, where a test asks for it, PostgreSQL), settings, and tiny model folders."""
+
+import json
+import os
+import uuid
+
+import numpy
+import pytest
+from safetensors.numpy import save_file
+from sqlalchemy import create_engine, text
+from sqlalchemy.exc import OperationalError
+
+from recoup.schemas import CreateRecovery, ModelRef
+from recoup_jobs.ledger import open_ledger
+from recoup_jobs.settings import Settings
+
+POSTGRESQL = os.environ.get("RECOUP_TEST_POSTGRESQL_URL", "postgresql+psycopg://postgres@127.0.0.1:5432/test")
+VOCABULARY = {"a": 0, "b": 1, "c": 2}
+
+
+@pytest.fixture
+def database(request):
+    """None, which is SQLite, or the URL of a PostgreSQL schema that this test has for itself."""
+    if getattr(request, "param", "sqlite") == "sqlite":
+        yield None
+        return
+    schema = f"recoup_{uuid.uuid4().hex[:12]}"
+    server = create_engine(POSTGRESQL, connect_args={"connect_timeout": 2})
+    try:
+        with server.begin() as conn:
+            conn.execute(text(f"CREATE SCHEMA {schema}"))
+    except OperationalError as error:
+        pytest.skip(f"no PostgreSQL answers at {POSTGRESQL}: {error}")
+    yield f"{POSTGRESQL}?options=-csearch_path%3D{schema}"
+    with server.begin() as conn:
+        conn.execute(text(f"DROP SCHEMA {schema} CASCADE"))
+    server.dispose()
+
+
+@pytest.fixture
+def settings(tmp_path, database):
+    return Settings(home=tmp_path / "home", database_url=database, sweep_seconds=0.02)
+
+
+@pytest.fixture
+def ledger(settings):
+    ledger = open_ledger(settings)
+    yield ledger
+    ledger.close()
+
+
+@pytest.fixture
+def asked():
+    return CreateRecovery(student=ModelRef(source="student"), teacher=ModelRef(source="teacher"))
+
+
+@pytest.fixture
+def write_model(settings):
+    """Writes a model folder that preflight accepts; a file given as None is left out."""
+
+    def write(name, **files):
+        folder = settings.model_roots[0] / name
+        folder.mkdir(parents=True)
+        sound = {
+            "config.json": {"architectures": ["LlamaForCausalLM"], "hidden_size": 4, "vocab_size": 3},
+            "tokenizer.json": {"model": {"vocab": VOCABULARY}, "added_tokens": []},
+            "tokenizer_config.json": {"chat_template": "{{ messages }}"},
+        }
+        for file, content in (sound | files).items():
+            if content is not None:
+                (folder / file).write_text(json.dumps(content))
+        save_file({"w": numpy.zeros((3, 4), numpy.float32)}, folder / "model.safetensors")
+        return folder
+
+    return write

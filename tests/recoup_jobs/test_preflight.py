@@ -1,0 +1,237 @@
+import json
+
+import pytest
+
+from recoup.schemas import EvaluationSpec, FilePrompts, ModelRef
+from recoup_jobs.datasets import store_file
+from recoup_jobs.errors import Unprocessable
+from recoup_jobs.preflight import preflight
+from recoup_jobs.sources import model_names
+
+CONFIG = {"architectures": ["LlamaForCausalLM"], "hidden_size": 4, "vocab_size": 3}
+STUDENT = "/student/source"
+
+
+@pytest.fixture
+def teacher(write_model):
+    return write_model("teacher")
+
+
+@pytest.fixture
+def student(write_model):
+    return write_model("student")
+
+
+@pytest.fixture
+def findings(ledger, settings, teacher, asked):
+    """(pointer, code) of everything that preflight has to say."""
+
+    def run(**changes):
+        try:
+            preflight(asked.model_copy(update=changes), ledger, settings)
+        except Unprocessable as refusal:
+            return [(item.pointer, item.code) for item in refusal.items]
+        return []
+
+    return run
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value))
+
+
+def test_a_sound_pair_passes_and_its_folders_are_told(ledger, settings, asked, student, teacher):
+    folders = preflight(asked, ledger, settings)
+    assert (folders.student, folders.teacher) == (student.resolve(), teacher.resolve())
+
+
+def test_a_model_may_be_named_by_its_absolute_path(findings, student):
+    assert findings(student=ModelRef(source=str(student))) == []
+
+
+def test_a_model_may_be_a_link_to_another_folder_below_the_root(findings, settings, teacher):
+    (settings.model_roots[0] / "student").symlink_to(teacher)
+    assert findings() == []
+
+
+@pytest.mark.parametrize("source", ["missing", "a/../../outside", "/etc", "link", "/", "teacher/config.json"])
+def test_nothing_outside_the_model_roots_is_a_model(findings, settings, tmp_path, source):
+    (tmp_path / "home" / "outside").mkdir()
+    (settings.model_roots[0] / "link").symlink_to(tmp_path)
+    assert findings(student=ModelRef(source=source)) == [(STUDENT, "model_not_found")]
+
+
+def test_a_file_that_leads_out_of_the_root_is_not_read(findings, student, tmp_path):
+    write_json(tmp_path / "config.json", CONFIG)
+    (student / "config.json").unlink()
+    (student / "config.json").symlink_to(tmp_path / "config.json")
+    assert (STUDENT, "invalid_model") in findings()
+
+
+@pytest.mark.parametrize("content", [None, b"", b"[]", b"{", b'{"a": NaN' + b"[" * 9999])
+def test_a_folder_without_a_readable_config_is_no_model(findings, student, content):
+    (student / "config.json").unlink()
+    if content is not None:
+        (student / "config.json").write_bytes(content)
+    assert (STUDENT, "invalid_model") in findings()
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    "hook",
+    [
+        {"auto_map": {"AutoModel": "modeling.Evil"}},
+        {"nested": [{"deep": {"auto_map": {"AutoModel": "modeling.Evil"}}}]},
+        {"custom_pipelines": {"evil": {}}},
+        {"model_file": "evil.py"},
+        {"_attn_implementation_internal": "someone/kernel"},
+        {"attn_implementation": "someone/kernel"},
+    ],
+)
+def test_a_configuration_that_names_code_is_refused(findings, student, file, hook):
+    before = json.loads((student / file).read_text()) if (student / file).exists() else {}
+    write_json(student / file, before | hook)
+    assert findings() == [(STUDENT, "remote_code_refused")]
+
+
+def test_a_flag_that_older_versions_wrote_is_no_code(findings, student):
+    write_json(student / "config.json", CONFIG | {"_attn_implementation_autoset": True, "auto_map": None})
+    assert findings() == []
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "model.pkl"])
+def test_weights_that_may_carry_code_are_refused(findings, student, name):
+    (student / "model.safetensors").rename(student / name)
+    assert findings() == [(STUDENT, "unsafe_weights_format")]
+
+
+def test_a_folder_without_weights_is_refused(findings, student):
+    (student / "model.safetensors").unlink()
+    assert findings() == [(STUDENT, "weights_not_found")]
+
+
+def test_truncated_weights_are_refused(findings, student):
+    path = student / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert findings() == [(STUDENT, "corrupt_weights")]
+
+
+def test_weights_in_shards_are_read(findings, student):
+    (student / "model.safetensors").rename(student / "model-1.safetensors")
+    write_json(student / "model.safetensors.index.json", {"weight_map": {"w": "model-1.safetensors"}})
+    assert findings() == []
+
+
+@pytest.mark.parametrize(
+    "weight_map",
+    [
+        {},
+        {"w": "missing.safetensors"},
+        {"w": "../teacher/model.safetensors"},
+        {"w": "config.json"},
+        {"w": 5},
+        {"w": "model.safetensors", "lost": "model.safetensors"},
+    ],
+)
+def test_an_index_that_does_not_fit_its_shards_is_refused(findings, student, weight_map):
+    write_json(student / "model.safetensors.index.json", {"weight_map": weight_map})
+    assert findings() == [(STUDENT, "corrupt_weights")]
+
+
+@pytest.mark.parametrize(
+    ("changed", "code"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "incompatible_architectures"),
+        ({"hidden_size": 8}, "incompatible_models"),
+        ({"vocab_size": 5}, "vocabulary_mismatch"),
+    ],
+)
+def test_a_student_of_another_make_is_refused(findings, student, changed, code):
+    write_json(student / "config.json", CONFIG | changed)
+    assert findings() == [(STUDENT, code)]
+
+
+def test_the_number_of_layers_may_differ(findings, student):
+    write_json(student / "config.json", CONFIG | {"num_hidden_layers": 1})
+    assert findings() == []
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        {"model": {"vocab": {"a": 0, "b": 1}}},
+        {"model": {"vocab": {"a": 0, "b": 2, "c": 1}}},
+        {"model": {"vocab": [["a", 0.0], ["x", -1.0], ["c", -2.0]]}},
+        {"model": {"vocab": {"a": 0, "b": 1, "c": 2}}, "added_tokens": [{"id": 3, "content": "<new>"}]},
+    ],
+)
+def test_a_student_that_reads_other_tokens_is_refused(findings, student, tokenizer):
+    write_json(student / "tokenizer.json", tokenizer)
+    assert findings() == [(STUDENT, "vocabulary_mismatch")]
+
+
+def test_a_vocabulary_is_the_same_in_whatever_form_it_is_written(findings, student):
+    write_json(student / "tokenizer.json", {"model": {"vocab": [["a", 0.0], ["b", -1.0], ["c", -2.0]]}})
+    assert findings() == []
+
+
+def test_the_sizes_of_both_vocabularies_are_told(ledger, settings, asked, student, teacher):
+    write_json(student / "tokenizer.json", {"model": {"vocab": {"a": 0, "b": 1}}})
+    with pytest.raises(Unprocessable, match=r"2 tokens.*3 tokens.*works on text"):
+        preflight(asked, ledger, settings)
+
+
+def test_a_tokenizer_that_cannot_be_read_is_refused(findings, student):
+    write_json(student / "tokenizer.json", {"model": {}})
+    assert findings() == [(STUDENT, "invalid_model")]
+
+
+def test_another_chat_template_is_refused_wherever_it_is_kept(findings, student):
+    (student / "chat_template.jinja").write_text("{{ other }}")
+    assert findings() == [(STUDENT, "chat_template_mismatch")]
+    (student / "chat_template.jinja").write_text("{{ messages }}\n")
+    assert findings() == []
+
+
+@pytest.fixture
+def upload(ledger, settings):
+    def upload(*rows):
+        content = "\n".join(map(json.dumps, rows)).encode()
+        return FilePrompts(file=store_file(ledger, settings, "data.jsonl", "fine-tune", [content]).id)
+
+    return upload
+
+
+def prompts(count):
+    return [{"prompt": f"What is {number}?"} for number in range(count)]
+
+
+def test_prompts_are_counted_without_their_duplicates(findings, student, upload):
+    assert findings(prompts=upload(*prompts(48))) == []
+    assert findings(prompts=upload(*prompts(47), *prompts(10))) == [("/prompts/file", "too_few_prompts")]
+
+
+def test_files_must_be_there_and_hold_what_they_are_used_for(findings, student, upload):
+    unknown, text = FilePrompts(file="file-" + "0" * 24), upload({"text": "It rained."})
+    asked = {"prompts": text, "keep": unknown, "evaluation": EvaluationSpec(natural_text=upload(*prompts(1)))}
+    assert findings(**asked) == [
+        ("/prompts/file", "wrong_rows"),
+        ("/keep/file", "file_not_found"),
+        ("/evaluation/natural_text/file", "wrong_rows"),
+    ]
+
+
+def test_everything_that_is_wrong_is_said_at_once(findings, student):
+    write_json(student / "config.json", CONFIG | {"auto_map": {"a": "b"}, "hidden_size": 8})
+    (student / "model.safetensors").rename(student / "pytorch_model.bin")
+    assert findings(keep=FilePrompts(file="file-" + "0" * 24)) == [
+        (STUDENT, "remote_code_refused"),
+        (STUDENT, "unsafe_weights_format"),
+        (STUDENT, "incompatible_models"),
+        ("/keep/file", "file_not_found"),
+    ]
+
+
+def test_the_names_of_all_models_are_told(settings, student, teacher, write_model):
+    write_model("someone/other")
+    assert model_names(settings.model_roots) == ["someone/other", "student", "teacher"]

@@ -1,0 +1,288 @@
+"""A small model that has learnt six little tasks, students damaged in every way, and a journal in a folder.
+
+The teacher is a Llama of four layers and 32 channels over a vocabulary of words, trained for a few
+seconds on prompts such as `reverse : red fox seven`. It is small enough for a recovery to take
+seconds, and healthy enough for damage to show.
+"""
+
+import random
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from recoup.schemas import CreateRecovery, Message, Prompt, Stage
+from recoup_ml import injure, models
+from recoup_ml.generate import LocalEngine
+from recoup_ml.run import Run
+from recoup_ml.sequences import Answered, collate, encode
+from recoup_ml.tickets import NAMES, OPENINGS, QUEUES
+
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<|system|>", "<|user|>", "<|assistant|>"]
+THINGS = "red blue green black white fox dog cat bird fish one two three seven nine stone tree river".split()
+TASKS: dict[str, Callable[[list[str]], list[str]]] = {
+    "copy": lambda words: words,
+    "reverse": lambda words: words[::-1],
+    "first": lambda words: words[:1],
+    "last": lambda words: words[-1:],
+    "twice": lambda words: [word for word in words for _ in range(2)],
+    "middle": lambda words: [words[len(words) // 2]],
+}
+TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|> {{ message.content }} </s> {% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def task_prompts(count: int, seed: int = 0) -> list[Prompt]:
+    """Distinct prompts of the six kinds, each with its right answer."""
+    draw = random.Random(seed)
+    answers: dict[str, tuple[str, str]] = {}
+    while len(answers) < count:
+        kind = draw.choice(list(TASKS))
+        words = draw.choices(THINGS, k=draw.randint(2, 6))
+        answers[f"{kind} : {' '.join(words)}"] = (" ".join(TASKS[kind](words)), kind)
+    return [
+        Prompt(messages=[Message(role="user", content=text)], completion=answer, kind=kind)
+        for text, (answer, kind) in answers.items()
+    ]
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    matters = " ".join([*QUEUES, *QUEUES.values(), *NAMES, *OPENINGS, "Route ticket from . :"]).split()
+    words = list(dict.fromkeys([*SPECIAL, *THINGS, *TASKS, *matters]))
+    words_only = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    words_only.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words_only,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=SPECIAL[4:],
+    )
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def make_llama(layers: int = 4, seed: int = 0, **config: int) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    shape = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    return LlamaForCausalLM(
+        LlamaConfig(
+            **shape | config,
+            num_hidden_layers=layers,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            initializer_range=0.1,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
+
+
+def learn_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, steps: int) -> None:
+    rows = []
+    for item in encode(task_prompts(steps * 32, seed=1), tokenizer, 512):
+        ids = (*tokenizer(item.prompt.completion)["input_ids"], tokenizer.eos_token_id)
+        rows.append(Answered(item.kind, item.text, item.ids, "", ids, "stop"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
+    for step in range(steps):
+        batch = collate(rows, range(step * 32, step * 32 + 32), 0)
+        logits_BTV = model(input_ids=batch.ids_BT, attention_mask=batch.mask_BT).logits
+        nn.functional.cross_entropy(logits_BTV[batch.answer_BT], batch.targets_N).backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Tensors this small gain nothing from a second thread, and wait for it."""
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The healthy model's folder."""
+    folder = tmp_path_factory.mktemp("models") / "teacher"
+    model, tokenizer = make_llama(), make_tokenizer()
+    learn_tasks(model, tokenizer, steps=300)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def change(teacher: Path, student: Path, edit: Callable[[PreTrainedModel], None]) -> None:
+    model = models.load(teacher)
+    with torch.no_grad():
+        edit(model)
+    model.save_pretrained(student)
+    models.load_tokenizer(teacher).save_pretrained(student)
+
+
+def add_noise(model: PreTrainedModel) -> None:
+    torch.manual_seed(3)
+    for parameter in model.parameters():
+        parameter.add_(0.2 * parameter.std() * torch.randn_like(parameter))
+
+
+def cut_two_of_four(model: PreTrainedModel) -> None:
+    for name, weight in model.named_parameters():
+        if ".layers." in name and weight.dim() == 2:
+            fours = weight.view(-1, 4)
+            fours.scatter_(1, fours.abs().topk(2, dim=1, largest=False).indices, 0.0)
+
+
+def drop_third_layer(model: PreTrainedModel) -> None:
+    del model.model.layers[2]
+    model.config.num_hidden_layers = 3
+
+
+DAMAGES: dict[str, Callable[[Path, Path], None]] = {
+    "finetuned": lambda teacher, student: change(teacher, student, add_noise),
+    "forgetful": lambda teacher, student: injure.finetune(teacher, student, steps=4, rate=3e-3),
+    "rounded": lambda teacher, student: injure.quantize(teacher, student, bits=3, group=32),
+    "pruned": injure.prune,
+    "pruned-2:4": lambda teacher, student: change(teacher, student, cut_two_of_four),
+    "shallow": lambda teacher, student: change(teacher, student, drop_third_layer),
+    "round-trip": injure.round_trip,
+    "copy": shutil.copytree,
+}
+
+
+@pytest.fixture(scope="session")
+def student(teacher: Path) -> Callable[[str], Path]:
+    """The folder of a student with the named damage, made when it is asked for first."""
+
+    def make(damage: str) -> Path:
+        folder = teacher.with_name(damage)
+        if not folder.exists():
+            DAMAGES[damage](teacher, folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., LlamaForCausalLM]:
+    """Untrained models: `make_model(layers=3, seed=1, vocab_size=96)`."""
+    return make_llama
+
+
+@pytest.fixture(scope="session")
+def tokenizer(teacher: Path) -> PreTrainedTokenizerFast:
+    return models.load_tokenizer(teacher)
+
+
+@pytest.fixture(scope="session")
+def healthy(teacher: Path) -> PreTrainedModel:
+    """The teacher, loaded; a test that changes a model loads its own."""
+    return models.load(teacher)
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[Prompt]:
+    return task_prompts(200, seed=5)
+
+
+@pytest.fixture(scope="session")
+def answered(
+    healthy: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt]
+) -> list[Answered]:
+    """The teacher's answers to 40 prompts, of different lengths."""
+    return LocalEngine(healthy, tokenizer).answer(encode(prompts[:40], tokenizer, 512), 12, lambda _done: None)
+
+
+@pytest.fixture(scope="session")
+def natural_text() -> list[str]:
+    return [f"{prompt.messages[0].content} {prompt.completion}" for prompt in task_prompts(300, seed=9)]
+
+
+@pytest.fixture
+def make_run(
+    teacher: Path, student: Callable[[str], Path], prompts: list[Prompt], natural_text: list[str]
+) -> Callable[..., Run]:
+    """`make_run("pruned", keep=…, training={…})`: a recovery of that student, small enough for a test."""
+
+    def make(damage: str, keep: list[Prompt] | None = None, **request: object) -> Run:
+        asked = {
+            "student": {"source": damage},
+            "teacher": {"source": "teacher"},
+            "training": {"steps": 24},
+            "generation": {"max_new_tokens": 12},
+            "evaluation": {"test_sequences": 32, "validation_sequences": 8},
+        }
+        return Run(
+            job_id="rec-1",
+            student=student(damage),
+            teacher=teacher,
+            request=CreateRecovery.model_validate(asked | request),
+            prompts=prompts,
+            keep=keep or [],
+            natural_text=natural_text,
+            vllm_url=None,
+        )
+
+    return make
+
+
+class FolderJournal:
+    """A journal whose stages are folders: filled aside, then renamed, which commits them.
+
+    A second journal in the same place finds what the first one committed. `breaks_in` names a stage
+    in which telling the progress fails, as a killed process or a lost lease would.
+    """
+
+    def __init__(self, place: Path, breaks_in: Stage | None = None) -> None:
+        self.place, self._breaks_in = place, breaks_in
+        self.ran: list[Stage] = []
+        self.told: list[tuple[int, int, str]] = []
+        self.metrics: list[dict[str, object]] = []
+        self.published: dict[str, Path] = {}
+        self._seconds: dict[str, float] = {}
+
+    def stage(self, name: Stage, work: Callable[[Path], None]) -> Path:
+        committed, aside = self.place / name, self.place / f".{name}"
+        if committed.exists():
+            return committed
+        self.ran.append(name)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        began = time.monotonic()
+        work(aside)
+        self._seconds[name] = time.monotonic() - began
+        return aside.rename(committed)
+
+    def progress(self, done: int, total: int, unit: str) -> None:
+        if self.ran[-1] == self._breaks_in:
+            raise ConnectionResetError("the ledger is gone")
+        self.told.append((done, total, unit))
+
+    def metric(self, **values: str | float | int | bool | None) -> None:
+        self.metrics.append(values)
+
+    def publish(self, files: dict[str, Path]) -> None:
+        for name, path in files.items():
+            self.published[name] = self.place / "artifacts" / name
+            self.published[name].parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, self.published[name])
+
+    def stage_seconds(self) -> dict[str, float]:
+        return self._seconds
+
+
+@pytest.fixture(scope="session")
+def open_journal() -> type[FolderJournal]:
+    return FolderJournal

@@ -1,0 +1,312 @@
+"""The training loop: repeatable, downhill, true to the plain gradient, and careful with zeros."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
+
+from recoup.schemas import ChatRow, Checkpoint, TrainingPoint, TrainingReport
+from recoup_ml import distil, injure, models
+from recoup_ml.answers import Lesson
+from recoup_ml.distil import Watchers, draws, prepare, rate_share, train, validation_steps
+from recoup_ml.evaluate import load_trained
+from recoup_ml.generate import LocalEngine
+from recoup_ml.observation import observe
+from recoup_ml.plan import Plan
+from recoup_ml.scores import compare
+from recoup_ml.sequences import Answered, encode
+from recoup_ml.tickets import ticket_rows
+from recoup_ml.weights import Weights, block_of, zeros_filled
+
+Student = Callable[[str], Path]
+
+PLAN = Plan(
+    damage="finetuning",
+    method="off_policy",
+    mode="lora",
+    keep_zeros=False,
+    rank=8,
+    alpha=16,
+    targets="all-linear",
+    learning_rate=3e-3,
+    steps=12,
+    batch_size=8,
+    temperature=1.0,
+    output="adapter",
+    choices=(),
+)
+FULL = replace(PLAN, mode="full", output="merged", learning_rate=1e-3)
+MODES = pytest.mark.parametrize("plan", [PLAN, FULL], ids=["lora", "full"])
+
+
+@pytest.fixture(scope="module")
+def lesson(healthy: PreTrainedModel, answered: list[Answered]) -> Lesson:
+    return Lesson(answered[:32], observe(healthy, answered[:32], 0))
+
+
+@pytest.fixture(scope="module")
+def exam(healthy: PreTrainedModel, answered: list[Answered]) -> Lesson:
+    return Lesson(answered[32:], observe(healthy, answered[32:], 0))
+
+
+def kl(model: PreTrainedModel, lesson: Lesson) -> float:
+    return compare(lesson.teacher, observe(model, lesson.answers, 0), lesson.answers).mean_kl
+
+
+@dataclass(frozen=True)
+class Trained:
+    report: TrainingReport
+    best: Path
+    told: list[TrainingPoint | Checkpoint]
+
+
+@pytest.fixture
+def trained(exam: Lesson, tmp_path: Path) -> Callable[..., Trained]:
+    """`trained(folder, [lesson], plan)`: the student of a folder after training, its best checkpoint saved."""
+
+    def run(folder: Path, lessons: Sequence[Lesson], plan: Plan = PLAN, seed: int = 0) -> Trained:
+        told: list[TrainingPoint | Checkpoint] = []
+        best = tmp_path / f"best-{len(list(tmp_path.iterdir()))}"
+        watchers = Watchers(lambda model: kl(model, exam), told.append)
+        return Trained(train(models.load(folder), lessons, plan, seed, 0, watchers, best), best, told)
+
+    return run
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    weights = Weights(folder)
+    return {name: weights[name] for name in weights}
+
+
+def same(one: Path, other: Path) -> bool:
+    mine, theirs = tensors(one), tensors(other)
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+@MODES
+def test_a_seed_gives_the_same_weights_twice(
+    plan: Plan, student: Student, lesson: Lesson, trained: Callable[..., Trained]
+) -> None:
+    first, again, other = (trained(student("finetuned"), [lesson], plan, seed) for seed in (0, 0, 1))
+    assert same(first.best, again.best)
+    assert first.report == again.report
+    assert not same(first.best, other.best)
+
+
+@MODES
+def test_the_loss_falls_on_what_is_learnt_and_on_what_is_not(
+    plan: Plan, student: Student, lesson: Lesson, exam: Lesson, trained: Callable[..., Trained]
+) -> None:
+    before = models.load(student("forgetful"))
+    found = trained(student("forgetful"), [lesson], plan)
+    after = load_trained(student("forgetful"), found.best)
+    assert kl(after, lesson) < 0.6 * kl(before, lesson)
+    assert kl(after, exam) < 0.8 * kl(before, exam)
+    losses = [point.loss for point in found.report.curve]
+    assert sum(losses[-4:]) < 0.7 * sum(losses[:4])
+    assert not found.report.diverged
+
+
+def test_the_first_loss_is_the_divergence_before_anything_was_learnt(
+    student: Student, lesson: Lesson, trained: Callable[..., Trained]
+) -> None:
+    found = trained(student("finetuned"), [lesson], replace(PLAN, steps=1, batch_size=32))
+    assert found.report.curve[0].loss == pytest.approx(kl(models.load(student("finetuned")), lesson), rel=1e-4)
+
+
+def test_a_student_equal_to_its_teacher_has_nothing_to_learn(
+    student: Student, lesson: Lesson, trained: Callable[..., Trained]
+) -> None:
+    found = trained(student("copy"), [lesson], replace(PLAN, steps=1))
+    assert abs(found.report.curve[0].loss) < 1e-6
+
+
+@MODES
+def test_the_best_checkpoint_is_the_one_that_validation_chose(
+    plan: Plan, student: Student, lesson: Lesson, exam: Lesson, trained: Callable[..., Trained]
+) -> None:
+    found = trained(student("finetuned"), [lesson], replace(plan, learning_rate=2e-2))
+    (chosen,) = [point for point in found.report.checkpoints if point.chosen]
+    assert chosen.validation_kl == min(point.validation_kl for point in found.report.checkpoints)
+    assert kl(load_trained(student("finetuned"), found.best), exam) == pytest.approx(
+        chosen.validation_kl, rel=1e-3
+    )
+
+
+def test_an_adapter_leaves_the_student_as_it_was(
+    student: Student, lesson: Lesson, trained: Callable[..., Trained]
+) -> None:
+    found = trained(student("finetuned"), [lesson])
+    assert all("lora" in name for name in tensors(found.best))
+    base = PeftModel.from_pretrained(models.load(student("finetuned")), found.best).unload()
+    before = models.load(student("finetuned")).state_dict()
+    assert all(torch.equal(base.state_dict()[name], before[name]) for name in before)
+    assert found.report.trainable_parameters == sum(weight.numel() for weight in tensors(found.best).values())
+
+
+def test_an_adapter_goes_where_it_was_told(
+    student: Student, lesson: Lesson, trained: Callable[..., Trained]
+) -> None:
+    found = trained(student("finetuned"), [lesson], replace(PLAN, steps=1, targets=["q_proj"], rank=2))
+    assert {name.split(".")[-3] for name in tensors(found.best)} == {"q_proj"}
+    assert {min(weight.shape) for weight in tensors(found.best).values()} == {2}
+
+
+@pytest.mark.parametrize("damage", ["pruned", "pruned-2:4"])
+def test_pruned_weights_stay_zero_while_the_others_learn(
+    damage: str, student: Student, lesson: Lesson, trained: Callable[..., Trained]
+) -> None:
+    found = trained(student(damage), [lesson], replace(FULL, keep_zeros=True))
+    before, after = tensors(student(damage)), tensors(found.best)
+    pruned = [name for name in before if block_of(name) is not None and before[name].dim() == 2]
+    for name in pruned:
+        zero = before[name] == 0
+        assert (after[name][zero] == 0).all()
+        assert (after[name][~zero] != before[name][~zero]).float().mean() > 0.9
+    assert zeros_filled(student(damage), found.best) == 0
+    assert found.report.masked_weights == sum(int((before[name] == 0).sum()) for name in pruned) > 0
+
+
+def test_zeros_that_nobody_holds_are_filled(
+    student: Student, lesson: Lesson, trained: Callable[..., Trained]
+) -> None:
+    found = trained(student("pruned"), [lesson], FULL)
+    assert found.report.masked_weights == 0
+    assert zeros_filled(student("pruned"), found.best) > 1000
+
+
+def test_a_family_whose_matrices_are_no_linear_layers_keeps_its_zeros_too(tmp_path: Path) -> None:
+    """GPT-2's matrices are `Conv1D`; those of a mixture of experts are bare three-dimensional parameters."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if block_of(name) is not None and weight.dim() == 2:
+                weight.copy_(injure.cut_smallest(weight, 0.5))
+    trainee = prepare(model, replace(FULL, keep_zeros=True))
+    assert sum(int((~mask).sum()) for _, mask in trainee.masks) > 10_000
+
+
+def plain_gradient(
+    student: PreTrainedModel, lesson: Lesson, rows: list[int], temperature: float
+) -> list[torch.Tensor]:
+    """Gradient of the mean KL over all answer positions, one sequence at a time, by transformers' logits."""
+    total, positions = torch.zeros(()), 0
+    for row in rows:
+        sequence = lesson.answers[row]
+        ids = torch.tensor([[*sequence.prompt_ids, *sequence.answer_ids]])
+        logits_AV = student(input_ids=ids).logits[0, len(sequence.prompt_ids) - 1 : -1]
+        log_p = (lesson.teacher.head(lesson.teacher.hidden[row]) / temperature).log_softmax(-1)
+        log_q = (logits_AV / temperature).log_softmax(-1)
+        total = total + (log_p.exp() * (log_p - log_q)).sum()
+        positions += len(sequence.answer_ids)
+    return list(torch.autograd.grad(total / positions, list(student.parameters())))
+
+
+@pytest.mark.parametrize("micro_tokens", [1, 64, 10_000])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_micro_batches_add_up_to_the_gradient_of_one_batch(
+    micro_tokens: int,
+    temperature: float,
+    student: Student,
+    lesson: Lesson,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(distil.MICRO_TOKENS, "cpu", micro_tokens)
+    model, rows = models.load(student("finetuned")), [3, 17, 0, 22, 9]
+    expected = plain_gradient(model, lesson, rows, temperature)
+    plan = replace(PLAN, temperature=temperature)
+    distil._learn(model, [lesson], [rows], plan, pad_id=0)
+    for parameter, right in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, right, rtol=1e-3, atol=1e-6)
+
+
+@MODES
+def test_an_absurd_learning_rate_is_an_outcome_and_not_an_exception(
+    plan: Plan, student: Student, lesson: Lesson, exam: Lesson, trained: Callable[..., Trained]
+) -> None:
+    found = trained(student("finetuned"), [lesson], replace(plan, learning_rate=10.0))
+    assert all(math.isfinite(point.loss) for point in found.report.curve)
+    if found.report.diverged:
+        assert not found.best.exists() or found.report.steps < PLAN.steps
+    else:
+        after = load_trained(student("finetuned"), found.best)
+        assert kl(after, exam) > kl(models.load(student("finetuned")), exam)
+
+
+def test_weights_that_blow_up_at_once_leave_no_checkpoint(
+    student: Student, lesson: Lesson, trained: Callable[..., Trained]
+) -> None:
+    found = trained(student("finetuned"), [lesson], replace(FULL, learning_rate=1e30))
+    assert found.report.diverged
+    assert not found.best.exists()
+    assert not [point for point in found.report.checkpoints if point.chosen]
+    assert found.report.steps < FULL.steps
+
+
+@pytest.fixture(scope="module")
+def skill(student: Student, tokenizer: PreTrainedTokenizerFast) -> Lesson:
+    """What the forgetful student has learnt: its own answers to tickets, and its own distribution on them."""
+    model = models.load(student("forgetful"))
+    tickets = [ChatRow.model_validate(row).as_prompt() for row in ticket_rows(24, seed=11)]
+    answers = LocalEngine(model, tokenizer).answer(encode(tickets, tokenizer, 512), 4, lambda _done: None)
+    return Lesson(answers, observe(model, answers, 0))
+
+
+def test_a_kept_skill_is_held_to_the_students_own_distribution(
+    student: Student, lesson: Lesson, skill: Lesson, exam: Lesson, trained: Callable[..., Trained]
+) -> None:
+    folder = student("forgetful")
+    without, kept = (trained(folder, lessons) for lessons in ([lesson], [lesson, skill]))
+    models_after = [load_trained(folder, found.best) for found in (without, kept)]
+    assert kl(models_after[1], skill) < 0.6 * kl(models_after[0], skill)
+    assert kl(models_after[1], exam) < 0.8 * kl(models.load(folder), exam)
+    assert (without.report.keep_answers, kept.report.keep_answers) == (0, len(skill.answers))
+    assert kept.report.tokens > without.report.tokens
+
+
+def test_tokens_are_counted_with_their_repeats(
+    student: Student, lesson: Lesson, trained: Callable[..., Trained]
+) -> None:
+    found = trained(student("finetuned"), [lesson], replace(PLAN, steps=8))
+    assert found.report.tokens == 2 * sum(len(answer.answer_ids) for answer in lesson.answers)
+
+
+def test_whoever_watches_is_told_every_step_and_every_checkpoint(
+    student: Student, lesson: Lesson, trained: Callable[..., Trained]
+) -> None:
+    found = trained(student("finetuned"), [lesson])
+    steps = [point.step for point in found.told if isinstance(point, TrainingPoint)]
+    checkpoints = [point.step for point in found.told if isinstance(point, Checkpoint)]
+    assert steps == list(range(1, 13))
+    assert checkpoints == [3, 6, 9, 12]
+
+
+@pytest.mark.parametrize(("answers", "size"), [(10, 4), (3, 8), (1, 2), (8, 8)])
+def test_every_answer_is_seen_before_any_is_seen_again(answers: int, size: int) -> None:
+    rows = [row for batch in draws(answers, 6, size, seed=0) for row in batch]
+    assert len(rows) == 6 * size
+    for start in range(0, len(rows) - answers + 1, answers):
+        assert sorted(rows[start : start + answers]) == list(range(answers))
+
+
+def test_the_rate_rises_and_falls_and_never_stands_still() -> None:
+    shares = [rate_share(step, 100) for step in range(100)]
+    assert shares[:10] == pytest.approx([0.1 * step for step in range(1, 11)])
+    assert max(shares) == 1.0
+    assert all(later < earlier for earlier, later in zip(shares[10:], shares[11:], strict=False))
+    assert 0.1 < shares[-1] < 0.11
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 16, 1000])
+def test_the_last_step_is_always_validated(steps: int) -> None:
+    found = validation_steps(steps)
+    assert steps in found
+    assert found <= set(range(1, steps + 1))
+    assert len(found) == min(4, steps)
+    assert all(0 < rate_share(step, steps) <= 1 for step in range(steps))

@@ -1,0 +1,304 @@
+"""Greedy answers: the plain loop's from the model itself, and in order from a server that is only human."""
+
+import json
+import random
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from recoup.schemas import Prompt
+from recoup_ml import models
+from recoup_ml.errors import TeacherTruncated, TeacherUnavailable
+from recoup_ml.generate import BATCH, LocalEngine, VllmEngine, usable
+from recoup_ml.sequences import Answered, Encoded, encode
+
+LIMIT = 12
+
+
+def ignore(_done: int) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def asked(tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt]) -> list[Encoded]:
+    return encode(prompts[:70], tokenizer, 512)
+
+
+@torch.inference_mode()
+def argmax_loop(model: PreTrainedModel, ids: tuple[int, ...], limit: int, end_ids: set[int]) -> list[int]:
+    answer: list[int] = []
+    while len(answer) < limit and not (answer and answer[-1] in end_ids):
+        logits_V = model(input_ids=torch.tensor([[*ids, *answer]])).logits[0, -1]
+        answer.append(int(logits_V.argmax()))
+    return answer
+
+
+def test_answers_are_those_of_a_plain_loop(
+    healthy: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, asked: list[Encoded]
+) -> None:
+    found = LocalEngine(healthy, tokenizer).answer(asked[:20], LIMIT, ignore)
+    expected = [argmax_loop(healthy, prompt.ids, LIMIT, {2}) for prompt in asked[:20]]
+    assert [list(answer.answer_ids) for answer in found] == expected
+
+
+def test_padding_on_the_left_changes_no_answer(
+    healthy: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, asked: list[Encoded]
+) -> None:
+    engine = LocalEngine(healthy, tokenizer)
+    together = engine.answer(asked, LIMIT, ignore)
+    assert len({len(prompt.ids) for prompt in asked}) > 2
+    assert together == [engine.answer([prompt], LIMIT, ignore)[0] for prompt in asked]
+
+
+def test_an_answer_says_how_it_ended(
+    healthy: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, asked: list[Encoded]
+) -> None:
+    found = LocalEngine(healthy, tokenizer).answer(asked, 3, ignore)
+    assert {answer.finish for answer in found} == {"stop", "length"}
+    for prompt, answer in zip(asked, found, strict=True):
+        assert (answer.answer_ids[-1] == tokenizer.eos_token_id) == (answer.finish == "stop")
+        assert len(answer.answer_ids) <= 3
+        assert (answer.prompt_ids, answer.prompt, answer.kind) == (prompt.ids, prompt.text, prompt.kind)
+        assert answer.answer == tokenizer.decode(answer.answer_ids, skip_special_tokens=True)
+
+
+def test_every_end_token_of_the_model_ends_an_answer(
+    teacher: Path, tokenizer: PreTrainedTokenizerFast, asked: list[Encoded]
+) -> None:
+    model = models.load(teacher)
+    also = int(torch.tensor([argmax_loop(model, prompt.ids, 1, {2})[0] for prompt in asked]).mode().values)
+    model.generation_config.eos_token_id = [2, also]
+    found = LocalEngine(model, tokenizer).answer(asked, LIMIT, ignore)
+    assert [list(answer.answer_ids) for answer in found] == [
+        argmax_loop(model, prompt.ids, LIMIT, {2, also}) for prompt in asked
+    ]
+    assert any(answer.answer_ids == (also,) and answer.finish == "stop" for answer in found)
+
+
+def test_a_model_that_samples_by_default_still_answers_greedily(
+    teacher: Path, tokenizer: PreTrainedTokenizerFast, asked: list[Encoded]
+) -> None:
+    model = models.load(teacher)
+    model.generation_config.update(do_sample=True, temperature=0.7, top_p=0.8, top_k=20)
+    found = LocalEngine(model, tokenizer).answer(asked[:8], LIMIT, ignore)
+    assert [list(answer.answer_ids) for answer in found] == [
+        argmax_loop(model, prompt.ids, LIMIT, {2}) for prompt in asked[:8]
+    ]
+
+
+def test_a_penalty_in_the_generation_config_does_not_bend_greedy_answers(
+    teacher: Path, tokenizer: PreTrainedTokenizerFast, asked: list[Encoded]
+) -> None:
+    """Qwen2.5 and others ship `repetition_penalty`; an answer under it is not what the teacher likes best."""
+    model = models.load(teacher)
+    model.generation_config.update(repetition_penalty=1.5)
+    found = LocalEngine(model, tokenizer).answer(asked[:20], LIMIT, ignore)
+    assert [list(answer.answer_ids) for answer in found] == [
+        argmax_loop(model, prompt.ids, LIMIT, {2}) for prompt in asked[:20]
+    ]
+
+
+def test_no_prompts_have_no_answers(healthy: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    assert LocalEngine(healthy, tokenizer).answer([], LIMIT, ignore) == []
+
+
+def test_progress_counts_answers(
+    healthy: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, asked: list[Encoded]
+) -> None:
+    told: list[int] = []
+    LocalEngine(healthy, tokenizer).answer(asked, 2, told.append)
+    assert told == [BATCH, len(asked)]
+
+
+def answered(text: str) -> Answered:
+    return Answered("", "", (1,), text, (2,), "stop")
+
+
+def test_empty_answers_are_left_out() -> None:
+    assert usable([answered("a"), answered(" \n"), answered("b")]) == [answered("a"), answered("b")]
+
+
+def test_no_answer_at_all_is_an_error_that_says_so() -> None:
+    with pytest.raises(TeacherTruncated, match="None of the teacher's 2 answers"):
+        usable([answered(""), answered(" ")])
+
+
+class Server:
+    """An OpenAI-compatible completions server that echoes each prompt, its choices in any order.
+
+    `reply` may change an answer before it is sent; a number sends that status instead.
+    """
+
+    def __init__(self) -> None:
+        self.bodies: list[dict[str, Any]] = []
+        self.models = ["teacher"]
+        self.reply: Callable[[dict[str, Any]], dict[str, Any] | bytes | int] = lambda answer: answer
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self._send({"data": [{"id": name} for name in server.models]})
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                server.bodies.append(body)
+                self._send(server.reply(server.echo(body)))
+
+            def _send(self, reply: dict[str, Any] | bytes | int) -> None:
+                status = reply if isinstance(reply, int) else 200
+                content = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *_: object) -> None: ...
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._http.daemon_threads = True
+        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,))
+        self._thread.start()
+        self.url = f"http://127.0.0.1:{self._http.server_port}"
+
+    @staticmethod
+    def echo(body: dict[str, Any]) -> dict[str, Any]:
+        choices = [
+            {
+                "index": index,
+                "text": "",
+                "token_ids": [*ids[-4:], 2][: body["max_tokens"]],
+                "finish_reason": "stop" if body["max_tokens"] > 4 else "length",
+            }
+            for index, ids in enumerate(body["prompt"])
+        ]
+        return {"choices": random.Random(0).sample(choices, len(choices))}
+
+    def stop(self) -> None:
+        self._http.shutdown()
+        self._thread.join()
+        self._http.server_close()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    running = Server()
+    yield running
+    running.stop()
+
+
+def test_a_servers_answers_come_in_the_order_of_the_prompts(
+    server: Server, tokenizer: PreTrainedTokenizerFast, asked: list[Encoded]
+) -> None:
+    found = VllmEngine(server.url, tokenizer).answer(asked, LIMIT, ignore)
+    assert [answer.answer_ids for answer in found] == [(*prompt.ids[-4:], 2) for prompt in asked]
+    for prompt, answer in zip(asked, found, strict=True):
+        assert (answer.prompt_ids, answer.prompt, answer.kind) == (prompt.ids, prompt.text, prompt.kind)
+        assert answer.answer == tokenizer.decode(prompt.ids[-4:], skip_special_tokens=True)
+        assert answer.finish == "stop"
+
+
+def test_a_server_is_asked_greedily_on_token_ids(
+    server: Server, tokenizer: PreTrainedTokenizerFast, asked: list[Encoded]
+) -> None:
+    told: list[int] = []
+    VllmEngine(server.url + "/", tokenizer).answer(asked, 3, told.append)
+    assert [prompt for body in server.bodies for prompt in body["prompt"]] == [
+        list(prompt.ids) for prompt in asked
+    ]
+    for body in server.bodies:
+        assert (body["model"], body["temperature"], body["max_tokens"]) == ("teacher", 0.0, 3)
+        assert body["return_token_ids"] is True
+    assert told == [BATCH, len(asked)]
+
+
+def without_last(answer: dict[str, Any]) -> dict[str, Any]:
+    return {"choices": answer["choices"][:-1]}
+
+
+def same_index_twice(answer: dict[str, Any]) -> dict[str, Any]:
+    first, _, *rest = answer["choices"]
+    return {"choices": [first, first, *rest]}
+
+
+def without_token_ids(answer: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "choices": [
+            {key: value for key, value in choice.items() if key != "token_ids"}
+            for choice in answer["choices"]
+        ]
+    }
+
+
+@pytest.mark.parametrize(
+    ("reply", "sentence"),
+    [
+        (lambda _: 500, "(?s)does not answer /v1/completions.*500.*Check RECOUP_VLLM_URLS"),
+        (lambda _: 404, "(?s)does not answer /v1/completions.*404.*Check RECOUP_VLLM_URLS"),
+        (without_last, "Asked the teacher 8 prompts, got 7 answers"),
+    ],
+    ids=["500", "404", "too few answers"],
+)
+def test_a_server_that_fails_is_an_unavailable_teacher_and_the_error_says_how(
+    reply: Callable[[dict[str, Any]], Any],
+    sentence: str,
+    server: Server,
+    tokenizer: PreTrainedTokenizerFast,
+    asked: list[Encoded],
+) -> None:
+    server.reply = reply
+    engine = VllmEngine(server.url, tokenizer)
+    with pytest.raises(TeacherUnavailable, match=sentence):
+        engine.answer(asked[:8], LIMIT, ignore)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        same_index_twice,
+        without_token_ids,
+        lambda _: {"error": "no"},
+        lambda _: b"<html>Bad Gateway</html>",
+    ],
+    ids=["one answer twice", "no token ids", "no choices", "no JSON"],
+)
+def test_a_server_that_answers_nonsense_is_an_unavailable_teacher(
+    reply: Callable[[dict[str, Any]], Any],
+    server: Server,
+    tokenizer: PreTrainedTokenizerFast,
+    asked: list[Encoded],
+) -> None:
+    server.reply = reply
+    engine = VllmEngine(server.url, tokenizer)
+    with pytest.raises(TeacherUnavailable):
+        engine.answer(asked[:8], LIMIT, ignore)
+
+
+def test_a_server_without_a_model_is_an_unavailable_teacher(
+    server: Server, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    server.models = []
+    with pytest.raises(TeacherUnavailable, match="serves no model"):
+        VllmEngine(server.url, tokenizer)
+
+
+def test_a_server_that_is_not_there_is_an_unavailable_teacher(tokenizer: PreTrainedTokenizerFast) -> None:
+    gone = Server()
+    gone.stop()
+    with pytest.raises(TeacherUnavailable, match="Check RECOUP_VLLM_URLS"):
+        VllmEngine(gone.url, tokenizer)
+
+
+def test_a_server_that_is_too_slow_is_an_unavailable_teacher(
+    server: Server, tokenizer: PreTrainedTokenizerFast, asked: list[Encoded]
+) -> None:
+    late = threading.Event()
+    server.reply = lambda answer: late.wait(5) and answer or answer
+    engine = VllmEngine(server.url, tokenizer, timeout=0.2)
+    with pytest.raises(TeacherUnavailable):
+        engine.answer(asked[:2], LIMIT, ignore)
+    late.set()

@@ -1,0 +1,164 @@
+"""Alignment in a recovery: which positions are compared, and what CKA says before and after.
+
+Compared are positions that predict the teacher's answers on test prompts, at most a few a
+sequence, the same ones throughout. A handful of tokens carry massive activations (Sun et al.
+2024, arXiv 2402.17762) and would decide any similarity alone, so a position whose norm is
+more than ten times its layer's median, in any layer of either model, is dropped from all.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recoup.schemas import Alignment, AlignmentState, Estimate
+from recoup_ml import cka
+from recoup_ml.sequences import Answered
+
+GROUPS = 16
+T_975_15 = 2.131  # Student's t, 97.5 %, 15 degrees of freedom
+OUTLIER = 10.0
+ESTIMATOR = "linear CKA, debiased: pairs across groups of sequences; jackknife over groups"
+
+
+@dataclass(frozen=True)
+class Positions:
+    """The chosen positions: for each sequence, which of its answer positions (from 0)."""
+
+    chosen: tuple[tuple[int, ...], ...]
+
+    @property
+    def groups(self) -> Tensor:
+        return torch.tensor([row % GROUPS for row, places in enumerate(self.chosen) for _ in places])
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(repr(self.chosen).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class States:
+    """Hidden states of the chosen positions, in the order of the sequences: one [N, D] a layer."""
+
+    teacher: list[Tensor]
+    before: list[Tensor]
+    after: list[Tensor] | None
+    ceiling: list[Tensor]
+    """The teacher's after a round trip through bfloat16."""
+
+
+def choose_positions(sequences: Sequence[Answered], total: int, seed: int) -> Positions:
+    """At most `total` answer positions, spread evenly over the sequences, drawn at random within each.
+
+    The sequences are used in their order; position 0 of a sequence never predicts an answer here.
+    """
+    draw = np.random.default_rng(seed)
+    each = max(1, total // len(sequences))
+    chosen = []
+    for sequence in sequences:
+        first = 1 if len(sequence.prompt_ids) == 1 else 0
+        places = np.arange(first, len(sequence.answer_ids))
+        picked = draw.permutation(places)[:each]
+        chosen.append(tuple(int(place) for place in np.sort(picked)))
+    return Positions(tuple(chosen))
+
+
+def align(states: States, positions: Positions, layer_map: Sequence[tuple[int, int]], seed: int) -> Alignment:
+    """CKA of the student with the teacher before and after, its ceiling, its floor, and the headroom won.
+
+    Args:
+        layer_map: (student, teacher) rows and columns of the diagonal, embeddings first.
+    """
+    stay_N = _without_outliers(states)
+    groups_N = positions.groups[stay_N]
+    teacher, student, rounded = (_rows(x, stay_N) for x in (states.teacher, states.before, states.ceiling))
+    shuffled_N = torch.from_numpy(np.random.default_rng(seed).permutation(len(groups_N)))
+    own_layers = [(column, column) for _, column in layer_map]
+    before = cka.products(student, teacher, groups_N)
+    after = states.after and cka.products(_rows(states.after, stay_N), teacher, groups_N)
+    ceiling = cka.products(rounded, teacher, groups_N)
+    floor = cka.products(_rows(student, shuffled_N), teacher, groups_N)
+    headroom = _Headroom(before, after, ceiling) if after else None
+    return Alignment(
+        estimator=ESTIMATOR,
+        student_layers=_names(len(student)),
+        teacher_layers=_names(len(teacher)),
+        layer_map=list(layer_map),
+        positions=len(groups_N),
+        sequences=len(positions.chosen),
+        groups=GROUPS,
+        dropped_outliers=int((~stay_N).sum()),
+        positions_sha256=positions.sha256,
+        before=_state(before, layer_map),
+        after=_state(after, layer_map) if after else None,
+        ceiling=[_finite(value) for value in _diagonal(ceiling, own_layers)],
+        floor=[_finite(value) for value in _diagonal(floor, layer_map)],
+        headroom_recovered_last=headroom and headroom.recovered(layer_map[-1:]),
+        headroom_recovered_mean=headroom and headroom.recovered(layer_map),
+    )
+
+
+@dataclass(frozen=True)
+class _Headroom:
+    before: cka.Products
+    after: cka.Products
+    ceiling: cka.Products
+
+    def recovered(self, layer_map: Sequence[tuple[int, int]]) -> Estimate:
+        """Share of the headroom won, mean CKA over `layer_map`, with its jackknife interval."""
+        left_out = [self._without(group).share(layer_map) for group in range(self.before.groups)]
+        return _estimate(cka.jackknife(self.share(layer_map), left_out, T_975_15))
+
+    def share(self, layer_map: Sequence[tuple[int, int]]) -> float:
+        """(after - before) / (ceiling - before)."""
+        own_layers = [(column, column) for _, column in layer_map]
+        before = _diagonal(self.before, layer_map).mean()
+        after = _diagonal(self.after, layer_map).mean()
+        ceiling = _diagonal(self.ceiling, own_layers).mean()
+        return float((after - before) / (ceiling - before))
+
+    def _without(self, group: int) -> "_Headroom":
+        return _Headroom(self.before.without(group), self.after.without(group), self.ceiling.without(group))
+
+
+def _without_outliers(states: States) -> Tensor:
+    """True on positions whose norm is ordinary in every layer of every model, [N]."""
+    models = (states.teacher, states.before, states.after or [])
+    norms = [layer.norm(dim=1) for model in models for layer in model]
+    return torch.stack([norm <= OUTLIER * norm.median() for norm in norms]).all(0)
+
+
+def _rows(layers: Sequence[Tensor], rows_N: Tensor) -> list[Tensor]:
+    return [layer[rows_N] for layer in layers]
+
+
+def _names(count: int) -> list[str]:
+    return ["embeddings", *(f"block {index}" for index in range(count - 1))]
+
+
+def _diagonal(sums: cka.Products, layer_map: Sequence[tuple[int, int]]) -> cka.Array:
+    rows, columns = zip(*layer_map, strict=True)
+    return cka.matrix(sums)[list(rows), list(columns)]
+
+
+def _state(sums: cka.Products, layer_map: Sequence[tuple[int, int]]) -> AlignmentState:
+    left_out = np.array([_diagonal(sums.without(group), layer_map) for group in range(sums.groups)])
+    intervals = [
+        cka.jackknife(float(value), left_out[:, index].tolist(), T_975_15)
+        for index, value in enumerate(_diagonal(sums, layer_map))
+    ]
+    matrix = [[_finite(value) for value in row] for row in cka.matrix(sums)]
+    return AlignmentState(matrix=matrix, diagonal=[_estimate(interval) for interval in intervals])
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _estimate(interval: cka.Interval) -> Estimate | None:
+    if not np.isfinite(interval.value):
+        return None
+    return Estimate(value=interval.value, low=_finite(interval.low), high=_finite(interval.high))

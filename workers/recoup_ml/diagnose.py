@@ -1,0 +1,139 @@
+"""The first stage: where the student stands before anything is done to it.
+
+The teacher answers the test prompts, and both models are run over those answers. The
+teacher is also rounded to bfloat16 and back, which gives the floor of the divergence and
+the ceiling of the alignment: no student can be asked to come closer than that.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from recoup.schemas import Splits
+from recoup_ml import damage, models, results, verdict
+from recoup_ml.alignment import Positions, choose_positions
+from recoup_ml.errors import EmptyDataset
+from recoup_ml.generate import Engine, LocalEngine, VllmEngine, usable
+from recoup_ml.observation import Observation, observe, save_states
+from recoup_ml.probe import Probe, make_probe
+from recoup_ml.results import Behaviour, Diagnosis
+from recoup_ml.run import Counter, Done, Journal, Run
+from recoup_ml.scores import Scores, compare
+from recoup_ml.sequences import Answered, Encoded, encode, read_jsonl, write_jsonl
+from recoup_ml.splits import Split, prompts_sha256, split
+
+MIN_TEST = 8
+
+
+def diagnose(run: Run, journal: Journal, _done: Done, folder: Path) -> None:
+    """Fills `folder` with the diagnosis, the test answers and the states that alignment compares."""
+    tokenizer = models.load_tokenizer(run.teacher)
+    parts = split_prompts(run)
+    prompts = encode(parts.test, tokenizer, run.request.training.max_length)
+    if len(prompts) < MIN_TEST:
+        raise EmptyDataset(f"{len(prompts)} test prompts are left; at least {MIN_TEST} are needed.")
+    probe = make_probe(run, prompts, tokenizer)
+    counter = Counter(journal, 4 * len(prompts) + 2 * probe.answers, "sequences")
+    found = damage.inspect(run.student, run.teacher)
+    exam, teacher, floor = _examine_teacher(run, prompts, probe, folder, counter)
+    models.release()
+    student = models.load(run.student)
+    before, states = sit(student, exam, probe, counter)
+    save_states(folder / "before-states.safetensors", states)
+    results.write(
+        folder / "diagnosis.json",
+        Diagnosis(
+            damage=found,
+            splits=_splits(parts, len(exam.test), too_long=len(parts.test) - len(prompts)),
+            needed=not verdict.not_needed(before.scores.mean_kl, floor.mean_kl),
+            teacher=teacher,
+            floor=floor,
+            before=before,
+            tokens_generated=sum(len(answer.answer_ids) for answer in exam.test),
+        ),
+    )
+
+
+def read(done: Done) -> Diagnosis:
+    return results.read(done["diagnose"] / "diagnosis.json", Diagnosis)
+
+
+@dataclass(frozen=True)
+class Exam:
+    """The teacher's answers to the test prompts, and the teacher's states on them."""
+
+    test: list[Answered]
+    teacher: Observation
+    positions: Positions
+    pad_id: int
+
+    @staticmethod
+    def load(folder: Path, run: Run, tokenizer: PreTrainedTokenizerBase) -> "Exam":
+        """The exam that an earlier `diagnose` left in `folder`."""
+        test = read_jsonl(folder / "test.jsonl")
+        positions = choose_positions(test, run.request.alignment.positions, run.request.seed)
+        teacher = Observation.load(folder / "teacher.safetensors")
+        return Exam(test, teacher, positions, models.pad_id(tokenizer))
+
+
+def sit(model: PreTrainedModel, exam: Exam, probe: Probe, counter: Counter) -> tuple[Behaviour, list[Tensor]]:
+    """What `model` does on test and probe, and its states at the chosen positions."""
+    seen = observe(model, exam.test, exam.pad_id, exam.positions, counter.part(len(exam.test)))
+    scored = compare(exam.teacher, seen, exam.test)
+    return probe.behaviour(model, scored, counter.part(probe.answers)), seen.states
+
+
+def split_prompts(run: Run) -> Split:
+    """The same division in every stage: it depends on the prompts alone."""
+    wanted = run.request.evaluation
+    return split(run.prompts, wanted.test_sequences, wanted.validation_sequences)
+
+
+def engine(run: Run, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Engine:
+    """Who answers for the teacher: a server if the run names one, else the model itself."""
+    return VllmEngine(run.vllm_url, tokenizer) if run.vllm_url else LocalEngine(teacher, tokenizer)
+
+
+def _examine_teacher(
+    run: Run, prompts: Sequence[Encoded], probe: Probe, folder: Path, counter: Counter
+) -> tuple[Exam, Behaviour, Scores]:
+    """The exam, the teacher's own behaviour, and its divergence to itself after rounding."""
+    model = models.load(run.teacher)
+    speaker = engine(run, model, probe.tokenizer)
+    asked = speaker.answer(prompts, run.request.generation.max_new_tokens, counter.part(len(prompts)))
+    write_jsonl(folder / "test.jsonl", usable(asked))
+    exam = _observe_teacher(run, model, probe.tokenizer, folder, counter)
+    behaviour = probe.behaviour(
+        model, compare(exam.teacher, exam.teacher, exam.test), counter.part(probe.answers)
+    )
+    model.to(torch.bfloat16).to(exam.teacher.head.weight_VD.dtype)
+    rounded = observe(model, exam.test, exam.pad_id, exam.positions, counter.part(len(exam.test)))
+    save_states(folder / "ceiling-states.safetensors", rounded.states)
+    return exam, behaviour, compare(exam.teacher, rounded, exam.test)
+
+
+def _observe_teacher(
+    run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, counter: Counter
+) -> Exam:
+    test = read_jsonl(folder / "test.jsonl")
+    positions = choose_positions(test, run.request.alignment.positions, run.request.seed)
+    seen = observe(model, test, models.pad_id(tokenizer), positions, counter.part(len(test)))
+    seen.save(folder / "teacher.safetensors")
+    save_states(folder / "teacher-states.safetensors", seen.states)
+    return Exam.load(folder, run, tokenizer)
+
+
+def _splits(parts: Split, test: int, too_long: int) -> Splits:
+    return Splits(
+        train=len(parts.train),
+        validation=len(parts.validation),
+        test=test,
+        test_kinds=list(parts.test_kinds),
+        duplicates_dropped=parts.duplicates_dropped,
+        too_long_dropped=too_long,
+        prompts_sha256=prompts_sha256([*parts.train, *parts.validation, *parts.test]),
+    )

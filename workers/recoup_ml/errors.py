@@ -1,0 +1,43 @@
+"""What ends a recovery, as sentences with a code that the job keeps.
+
+RecoveryError            anything below; `.code` goes into the job's error
+├── UnsupportedModel     we cannot find the layers, or the output head is not a linear map
+├── IncompatibleModels   student and teacher cannot be compared token by token
+├── EmptyDataset         nothing to train or to measure on
+├── TeacherUnavailable   the teacher's server does not answer, or answers nonsense
+├── TeacherTruncated     the teacher gave no usable answer
+├── NonFiniteWeights     a model holds NaN or infinity
+└── UnsupportedRequest   a combination that would break a promise (zeros filled by a merged adapter)
+"""
+
+
+class RecoveryError(Exception):
+    code = "recovery_error"
+
+
+class UnsupportedModel(RecoveryError):
+    code = "unsupported_model"
+
+
+class IncompatibleModels(RecoveryError):
+    code = "incompatible_models"
+
+
+class EmptyDataset(RecoveryError):
+    code = "empty_dataset"
+
+
+class TeacherUnavailable(RecoveryError):
+    code = "teacher_unavailable"
+
+
+class TeacherTruncated(RecoveryError):
+    code = "teacher_truncated"
+
+
+class NonFiniteWeights(RecoveryError):
+    code = "non_finite_weights"
+
+
+class UnsupportedRequest(RecoveryError):
+    code = "unsupported_request"

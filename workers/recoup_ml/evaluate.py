@@ -1,0 +1,120 @@
+"""The evaluate stage: the student after training on the same exam, and the verdict."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from recoup.schemas import Alignment, Measure, Outcome, Sample
+from recoup_ml import alignment, diagnose, distil, models, results, verdict
+from recoup_ml.alignment import States
+from recoup_ml.diagnose import Exam
+from recoup_ml.measures import measures
+from recoup_ml.observation import load_states
+from recoup_ml.probe import Probe, make_probe
+from recoup_ml.results import Behaviour, Diagnosis, Evaluation
+from recoup_ml.run import Counter, Done, Journal, Run
+from recoup_ml.sequences import encode
+
+
+def evaluate(run: Run, journal: Journal, done: Done, folder: Path) -> None:
+    """Fills `folder` with the evaluation and the alignment; here the test split is used for the last time."""
+    tokenizer = models.load_tokenizer(run.teacher)
+    diagnosis = diagnose.read(done)
+    exam = Exam.load(done["diagnose"], run, tokenizer)
+    prompts = encode(diagnose.split_prompts(run).test, tokenizer, run.request.training.max_length)
+    probe = make_probe(run, prompts, tokenizer)
+    counter = Counter(journal, len(exam.test) + probe.answers, "sequences")
+    after, states = None, None
+    if best := distil.best(done):
+        after, states = diagnose.sit(load_trained(run.student, best), exam, probe, counter)
+        if not math.isfinite(after.scores.mean_kl):
+            after, states = None, None
+    gate, seed = run.request.evaluation.gate, run.request.seed
+    found = measures(diagnosis, after, exam.test, probe.keep, gate, seed)
+    aligned = _align(run, diagnosis, done["diagnose"], states, exam)
+    outcome, reason = _verdict(run, diagnosis, found)
+    evaluation = Evaluation(
+        outcome=outcome,
+        reason=reason,
+        measures=found,
+        samples=_samples(probe, diagnosis, after),
+        remarks=_remarks(found, aligned, exam),
+    )
+    results.write(folder / "evaluation.json", evaluation)
+    (folder / "alignment.json").write_text(aligned.model_dump_json())
+
+
+def read(done: Done) -> Evaluation:
+    return results.read(done["evaluate"] / "evaluation.json", Evaluation)
+
+
+def read_alignment(done: Done) -> Alignment:
+    return Alignment.model_validate_json((done["evaluate"] / "alignment.json").read_text())
+
+
+def load_trained(student: Path, checkpoint: Path) -> PreTrainedModel:
+    """The student with its trained adapter inside, or the trained model itself."""
+    if (checkpoint / "adapter_config.json").exists():
+        adapted = PeftModel.from_pretrained(models.load(student), checkpoint)
+        return adapted.get_base_model().eval()
+    return models.load(checkpoint)
+
+
+def _align(
+    run: Run, diagnosis: Diagnosis, diagnosed: Path, after: list[Tensor] | None, exam: Exam
+) -> Alignment:
+    names = ("teacher", "before", "ceiling")
+    teacher, before, ceiling = (load_states(diagnosed / f"{name}-states.safetensors") for name in names)
+    layer_map = [(0, 0), *((mine + 1, theirs + 1) for mine, theirs in diagnosis.damage.layer_map)]
+    states = States(teacher, before, after, ceiling)
+    return alignment.align(states, exam.positions, layer_map, run.request.seed)
+
+
+def _verdict(run: Run, diagnosis: Diagnosis, found: Sequence[Measure]) -> tuple[Outcome, str]:
+    if diagnosis.needed:
+        return verdict.outcome(found[0], found, run.request.evaluation.gate)
+    before, floor = diagnosis.before.scores.mean_kl, diagnosis.floor.mean_kl
+    return "not_needed", (
+        f"The student's token KL to its teacher is {before:.2g} nats, rounding alone costs {floor:.2g}: "
+        "there is nothing to recover."
+    )
+
+
+def _remarks(found: Sequence[Measure], aligned: Alignment, exam: Exam) -> list[str]:
+    """What a reader must know beside the numbers, above all where they disagree."""
+    remarks = []
+    cut = sum(answer.finish == "length" for answer in exam.test)
+    if cut:
+        remarks.append(f"{cut} of {len(exam.test)} teacher answers were cut at generation.max_new_tokens.")
+    primary, won = found[0].recovered, aligned.headroom_recovered_last
+    if primary and won and primary.value * won.value < 0:
+        rose = "rose" if won.value > 0 else "fell"
+        remarks.append(
+            f"Measures disagree: last-layer alignment {rose} while the divergence from the teacher "
+            f"{'grew' if primary.value < 0 else 'shrank'}. Trust the divergence."
+        )
+    worse = [
+        item.label
+        for item in found
+        if item.recovered and item.recovered.high is not None and item.recovered.high < 0 and not item.worse
+    ]
+    if worse:
+        remarks.append(f"Moved away from the teacher: {', '.join(worse)}.")
+    return remarks
+
+
+def _samples(probe: Probe, diagnosis: Diagnosis, after: Behaviour | None) -> list[Sample]:
+    return [
+        Sample(
+            kind=prompt.kind,
+            prompt=prompt.text,
+            teacher=diagnosis.teacher.greedy[index],
+            before=diagnosis.before.greedy[index],
+            after=after.greedy[index] if after else None,
+        )
+        for index, prompt in enumerate(probe.samples)
+    ]

@@ -1,0 +1,146 @@
+"""Answers from a model: the teacher's, to learn from, and the student's, to look at.
+
+Two engines answer alike, greedily and on token ids: `LocalEngine` runs transformers in this
+process, batched, with a key-value cache; `VllmEngine` asks an OpenAI-compatible server, where
+a large teacher belongs. Greedy answers make a recovery repeatable on one machine.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import httpx2
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from recoup_ml.errors import TeacherTruncated, TeacherUnavailable
+from recoup_ml.models import pad_id
+from recoup_ml.sequences import Answered, Encoded
+
+Tick = Callable[[int], None]
+BATCH = 64
+
+
+class Engine(Protocol):
+    def answer(self, prompts: Sequence[Encoded], max_new_tokens: int, tick: Tick) -> list[Answered]:
+        """One greedy answer to each prompt, in their order; `tick` is told how many are done."""
+        ...
+
+
+class LocalEngine:
+    """Answers with a model in this process."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._model, self._tokenizer = model, tokenizer
+        self._end_ids = _end_ids(model, tokenizer)
+
+    def answer(self, prompts: Sequence[Encoded], max_new_tokens: int, tick: Tick) -> list[Answered]:
+        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))
+        answers: dict[int, Answered] = {}
+        for start in range(0, len(order), BATCH):
+            rows = order[start : start + BATCH]
+            generated = self._generate([prompts[row] for row in rows], max_new_tokens)
+            answers |= dict(zip(rows, generated, strict=True))
+            tick(len(answers))
+        return [answers[row] for row in range(len(prompts))]
+
+    @torch.inference_mode()
+    def _generate(self, prompts: Sequence[Encoded], max_new_tokens: int) -> list[Answered]:
+        ids_BT, mask_BT = _left_padded([prompt.ids for prompt in prompts], pad_id(self._tokenizer))
+        output_BT = self._model.generate(
+            input_ids=ids_BT.to(self._model.device),
+            attention_mask=mask_BT.to(self._model.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            eos_token_id=self._end_ids,
+            pad_token_id=pad_id(self._tokenizer),
+        )
+        rows = output_BT[:, ids_BT.shape[1] :].tolist()
+        return [self._answered(prompt, row) for prompt, row in zip(prompts, rows, strict=True)]
+
+    def _answered(self, prompt: Encoded, ids: list[int]) -> Answered:
+        end = next((place for place, token in enumerate(ids) if token in self._end_ids), None)
+        answer_ids = tuple(ids if end is None else ids[: end + 1])
+        text = self._tokenizer.decode(answer_ids, skip_special_tokens=True)
+        finish = "length" if end is None else "stop"
+        return Answered(prompt.kind, prompt.text, prompt.ids, text, answer_ids, finish)
+
+
+class VllmEngine:
+    """Answers by `POST /v1/completions` on token ids, of a vLLM that serves the teacher."""
+
+    def __init__(self, url: str, tokenizer: PreTrainedTokenizerBase, timeout: float = 600.0) -> None:
+        self._client = httpx2.Client(base_url=url.rstrip("/"), timeout=timeout)
+        self._tokenizer = tokenizer
+        self._model = self._served_model()
+
+    def answer(self, prompts: Sequence[Encoded], max_new_tokens: int, tick: Tick) -> list[Answered]:
+        answers: list[Answered] = []
+        for start in range(0, len(prompts), BATCH):
+            part = prompts[start : start + BATCH]
+            answers += self._complete(part, max_new_tokens)
+            tick(len(answers))
+        return answers
+
+    def _served_model(self) -> str:
+        served = self._request("GET", "/v1/models", None)["data"]
+        if not served:
+            raise TeacherUnavailable(f"The server at {self._client.base_url} serves no model.")
+        return str(served[0]["id"])
+
+    def _complete(self, prompts: Sequence[Encoded], max_new_tokens: int) -> list[Answered]:
+        body = {
+            "model": self._model,
+            "prompt": [list(prompt.ids) for prompt in prompts],
+            "max_tokens": max_new_tokens,
+            "temperature": 0.0,
+            "return_token_ids": True,
+        }
+        choices = sorted(self._request("POST", "/v1/completions", body)["choices"], key=lambda c: c["index"])
+        if len(choices) != len(prompts):
+            raise TeacherUnavailable(f"Asked the teacher {len(prompts)} prompts, got {len(choices)} answers.")
+        return [self._answered(prompt, choice) for prompt, choice in zip(prompts, choices, strict=True)]
+
+    def _answered(self, prompt: Encoded, choice: dict[str, Any]) -> Answered:
+        ids = tuple(choice["token_ids"])
+        text = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return Answered(prompt.kind, prompt.text, prompt.ids, text, ids, choice["finish_reason"])
+
+    def _request(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        try:
+            response = self._client.request(method, path, json=body).raise_for_status()
+        except httpx2.HTTPError as error:
+            raise TeacherUnavailable(
+                f"The teacher at {self._client.base_url} does not answer {path}: {error}. "
+                "Check RECOUP_VLLM_URLS and the server's log."
+            ) from error
+        return dict(response.json())
+
+
+def usable(answers: Sequence[Answered]) -> list[Answered]:
+    """The answers that hold text; an empty one teaches nothing.
+
+    Raises:
+        TeacherTruncated: none does.
+    """
+    kept = [answer for answer in answers if answer.answer.strip()]
+    if not kept:
+        raise TeacherTruncated(f"None of the teacher's {len(answers)} answers holds any text.")
+    return kept
+
+
+def _left_padded(rows: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]:
+    width = max(len(row) for row in rows)
+    ids_BT = torch.tensor([[fill] * (width - len(row)) + list(row) for row in rows])
+    mask_BT = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids_BT, mask_BT
+
+
+def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends an answer, by the model's generation config or its tokenizer."""
+    configured = model.generation_config.eos_token_id
+    listed = configured if isinstance(configured, list) else [configured]
+    return [token for token in {*listed, tokenizer.eos_token_id} if token is not None]

@@ -1,0 +1,68 @@
+"""Hidden states of chosen positions, layer by layer, while a model runs.
+
+The residual stream after the embeddings and after every decoder block is read by hooks
+that copy only the positions asked for, and that are gone when the `with` block ends,
+whatever happened in it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from recoup_ml.errors import UnsupportedModel
+
+
+class Capture:
+    """What the hooks of one `capture` block read. Set `positions_BT` before each forward pass."""
+
+    def __init__(self, layers: int) -> None:
+        self.positions_BT: Tensor | None = None
+        self._parts: list[list[Tensor]] = [[] for _ in range(layers)]
+
+    def read(self, layer: int, hidden_BTD: Tensor) -> None:
+        if self.positions_BT is not None:
+            self._parts[layer].append(hidden_BTD[self.positions_BT].detach().float().cpu())
+
+    def states(self) -> list[Tensor]:
+        """For every layer, embeddings first, the positions read so far: [N, D] float32."""
+        return [torch.cat(parts) for parts in self._parts]
+
+
+@contextmanager
+def capture(model: PreTrainedModel) -> Iterator[Capture]:
+    """Reads the residual stream of `model` inside the block: before the first block and after each."""
+    blocks = decoder_blocks(model)
+    seen = Capture(len(blocks) + 1)
+    first = blocks[0].register_forward_pre_hook(
+        lambda _module, args, kwargs: seen.read(0, args[0] if args else kwargs["hidden_states"]),
+        with_kwargs=True,
+    )
+    hooks = [first]
+    for index, block in enumerate(blocks):
+        hooks.append(
+            block.register_forward_hook(
+                lambda _module, _args, output, layer=index + 1: seen.read(
+                    layer, output[0] if isinstance(output, tuple) else output
+                )
+            )
+        )
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder's blocks: the one module list as long as the config says."""
+    depth = model.config.get_text_config().num_hidden_layers
+    found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    if not found:
+        raise UnsupportedModel(
+            f"{type(model).__name__} has no list of {depth} decoder blocks; "
+            "recovery reads hidden states block by block."
+        )
+    return found[0]

@@ -1,0 +1,125 @@
+"""Loading models, and the two halves of one: the backbone up to the last hidden state, and the head.
+
+Splitting a causal language model there is what keeps a recovery small: the teacher's last
+hidden states and its output head are an exact cache of its distributions, a few kilobytes
+a token, so the teacher is never in memory beside the student. Models are read from local
+folders only, safetensors only, and no code that comes with a model is run.
+"""
+
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from recoup_ml.errors import NonFiniteWeights, UnsupportedModel
+
+
+@dataclass(frozen=True)
+class Head:
+    """From a last hidden state to logits: a linear map, then a soft cap where the family has one."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None = None
+    softcap: float | None = None
+
+    def __call__(self, hidden_ND: Tensor) -> Tensor:
+        logits_NV = nn.functional.linear(hidden_ND, self.weight_VD, self.bias_V).float()
+        return logits_NV if self.softcap is None else self.softcap * torch.tanh(logits_NV / self.softcap)
+
+    def detached(self) -> "Head":
+        """The same head, keeping its present weights though the model may be changed or moved."""
+        bias_V = None if self.bias_V is None else self.bias_V.detach()
+        return Head(self.weight_VD.detach(), bias_V, self.softcap)
+
+    def like(self, tensor: Tensor) -> "Head":
+        """The same head in another tensor's dtype and on its device."""
+        bias_V = None if self.bias_V is None else self.bias_V.to(tensor)
+        return Head(self.weight_VD.to(tensor), bias_V, self.softcap)
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load(folder: Path) -> PreTrainedModel:
+    """The model in `folder`, ready to evaluate: float32 on a CPU, its own dtype on a GPU.
+
+    Raises:
+        NonFiniteWeights: a tensor holds NaN or infinity.
+        UnsupportedModel: hidden state and head do not reproduce the model's logits.
+    """
+    where = device()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype="auto" if where.type == "cuda" else torch.float32,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+    )
+    _check_finite(model, folder)
+    model = model.to(where).eval()
+    _check_head(model)
+    return model
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def depth(folder: Path) -> int:
+    """How many decoder blocks the model in `folder` says it has."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return config.get_text_config().num_hidden_layers
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """A token to fill batches with; masked everywhere, so any will do."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
+def last_hidden(model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """The backbone's last hidden states after the final norm, [B, T, D]."""
+    backbone = model.get_decoder()
+    return backbone(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
+
+
+def head(model: PreTrainedModel) -> Head:
+    """The model's output head; its tensors are the model's own, so gradients reach them."""
+    linear = model.get_output_embeddings()
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return Head(linear.weight, getattr(linear, "bias", None), softcap)
+
+
+def release() -> None:
+    """Gives memory back after a model was let go."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _check_finite(model: PreTrainedModel, folder: Path) -> None:
+    broken = [name for name, tensor in model.named_parameters() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise NonFiniteWeights(f"{folder.name} holds NaN or infinity in {', '.join(broken[:5])}.")
+
+
+@torch.inference_mode()
+def _check_head(model: PreTrainedModel) -> None:
+    ids_BT = torch.arange(3, 11, device=model.device).unsqueeze(0) % model.config.get_text_config().vocab_size
+    expected = model(input_ids=ids_BT).logits[0].float()
+    found = head(model)(last_hidden(model, ids_BT, torch.ones_like(ids_BT))[0])
+    scale = float(expected.abs().max()) or 1.0
+    if float((expected - found).abs().max()) > 1e-2 * scale:
+        raise UnsupportedModel(
+            f"{type(model).__name__}: the output head is not a linear map of the last hidden state, "
+            "which off_policy relies on."
+        )

@@ -1,0 +1,41 @@
+"""A recovery from beginning to end: read this first.
+
+Each stage is one call into one sibling file. It fills a folder, which the journal commits;
+a stage that was committed is skipped when a job is taken up again after a crash. What one
+stage leaves, the next reads from there. One model is in memory at a time.
+
+    diagnose   what happened to the weights, how far the student is from its teacher
+    generate   the teacher answers training and validation prompts
+    distil     the student learns the teacher's distribution on those answers
+    evaluate   the same measures again, alignment before and after, the verdict
+    package    adapter or model, report, page, card
+
+The stage before these, preflight, needs no torch and is the service's.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from recoup.schemas import Outcome, Stage
+from recoup_ml import answers, diagnose, distil, evaluate, package
+from recoup_ml.run import Done, Journal, Run
+
+
+def recover(run: Run, journal: Journal) -> Outcome:
+    """Runs every stage that is not committed yet; returns what came of the recovery.
+
+    Raises:
+        RecoveryError: with the code that the failed job keeps.
+    """
+    done: dict[Stage, Path] = {}
+
+    def stage(name: Stage, work: Callable[[Run, Journal, Done, Path], None]) -> None:
+        done[name] = journal.stage(name, lambda folder: work(run, journal, done, folder))
+
+    stage("diagnose", diagnose.diagnose)
+    if diagnose.read(done).needed:
+        stage("generate", answers.generate)
+        stage("distil", distil.distil)
+    stage("evaluate", evaluate.evaluate)
+    stage("package", package.package)
+    return evaluate.read(done).outcome

@@ -1,0 +1,88 @@
+"""The report of a recovery, put together from what its stages left."""
+
+import platform
+import resource
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+from recoup.schemas import Choice, Cost, Provenance, Report, TrainingReport
+from recoup_ml import answers, diagnose, distil, evaluate, models, weights
+from recoup_ml.results import Diagnosis
+from recoup_ml.run import Done, Journal, Run
+from recoup_ml.sequences import read_jsonl
+
+PROMOTED = frozenset({"recovered", "partial"})
+"""Outcomes whose weights are handed over."""
+LIBRARIES = ("torch", "transformers", "peft", "safetensors", "numpy")
+
+
+def assemble(run: Run, journal: Journal, done: Done) -> Report:
+    diagnosis, evaluation = diagnose.read(done), evaluate.read(done)
+    training = distil.read(done) if "distil" in done else None
+    return Report(
+        object="recovery.report",
+        recovery=run.job_id,
+        created_at=time.time(),
+        outcome=evaluation.outcome,
+        reason=evaluation.reason,
+        promoted=evaluation.outcome in PROMOTED,
+        recovered=evaluation.measures[0].recovered,
+        gate=run.request.evaluation.gate,
+        remarks=evaluation.remarks,
+        measures=evaluation.measures,
+        splits=diagnosis.splits,
+        damage=diagnosis.damage,
+        plan=list(answers.read_plan(done).choices) if training else _nothing_to_plan(),
+        training=training,
+        alignment=evaluate.read_alignment(done),
+        samples=evaluation.samples,
+        cost=_cost(journal, done, diagnosis, training),
+        provenance=_provenance(run),
+    )
+
+
+def _nothing_to_plan() -> list[Choice]:
+    return [
+        Choice(name="method", value="none", why="the student is as close to its teacher as rounding allows")
+    ]
+
+
+def _cost(journal: Journal, done: Done, diagnosis: Diagnosis, training: TrainingReport | None) -> Cost:
+    learnt = _generated(done["generate"]) if training else 0
+    return Cost(
+        stage_seconds=journal.stage_seconds(),
+        tokens_generated=diagnosis.tokens_generated + learnt,
+        tokens_trained=training.tokens if training else 0,
+        peak_memory_bytes=_peak_memory(),
+        device=str(models.device()),
+    )
+
+
+def _generated(folder: Path) -> int:
+    parts = ("train", "validation")
+    return sum(len(answer.answer_ids) for part in parts for answer in read_jsonl(folder / f"{part}.jsonl"))
+
+
+def _peak_memory() -> int:
+    """The largest resident set of this process so far, bytes (Linux counts in KiB, macOS in bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def _provenance(run: Run) -> Provenance:
+    libraries = {name: version(name) for name in LIBRARIES}
+    return Provenance(
+        seed=run.request.seed,
+        student=run.request.student.source,
+        teacher=run.request.teacher.source,
+        student_sha256=weights.sha256(run.student),
+        teacher_sha256=weights.sha256(run.teacher),
+        versions=libraries | {"python": platform.python_version(), "recoup": _recoup_version()},
+    )
+
+
+def _recoup_version() -> str:
+    from recoup import __version__
+
+    return __version__

@@ -1,0 +1,60 @@
+"""What one stage leaves for the next, as JSON beside its tensors."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import TypeAdapter
+
+from recoup.schemas import DamageReport, Measure, Outcome, Sample, Splits
+from recoup_ml.scores import Scores, Window
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """What one model did on everything that is measured."""
+
+    scores: Scores
+    natural: list[Window]
+    greedy: list[str]
+    """Its own answers to the sampled prompts."""
+    repetition: list[float]
+    """seq-rep-4 of those answers."""
+    kept: list[str]
+    """Its answers to the `keep` prompts."""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    damage: DamageReport
+    splits: Splits
+    needed: bool
+    """Whether there is anything to recover."""
+    teacher: Behaviour
+    floor: Scores
+    """The teacher's against itself after a round trip through bfloat16."""
+    before: Behaviour
+    tokens_generated: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The verdict and what it rests on; the alignment lies in a file of its own."""
+
+    outcome: Outcome
+    reason: str
+    measures: list[Measure]
+    samples: list[Sample]
+    remarks: list[str]
+
+
+def write(path: Path, value: object) -> None:
+    """Writes a result; infinity survives, as it does in Python's JSON."""
+    path.write_text(json.dumps(TypeAdapter(type(value)).dump_python(value)))
+
+
+def read(path: Path, kind: type[T]) -> T:
+    return TypeAdapter(kind).validate_python(json.loads(path.read_text()))

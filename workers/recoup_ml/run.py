@@ -1,0 +1,61 @@
+"""What a recovery is given, and to whom it tells how it goes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from recoup.schemas import CreateRecovery, Prompt, Stage
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a recovery needs to know."""
+
+    job_id: str
+    student: Path
+    teacher: Path
+    request: CreateRecovery
+    prompts: Sequence[Prompt]
+    keep: Sequence[Prompt]
+    natural_text: Sequence[str]
+    """Texts for bits per character; empty: text that Python carries."""
+    vllm_url: str | None
+    """A server that answers for the teacher; none: the teacher answers in this process."""
+
+
+Done = Mapping[Stage, Path]
+"""The folders of the stages that are committed."""
+
+
+class Journal(Protocol):
+    """Keeps what a recovery did and tells how far it is."""
+
+    def stage(self, name: Stage, work: Callable[[Path], None]) -> Path:
+        """The folder of a committed stage; where there is none yet, `work` fills it and it is committed."""
+        ...
+
+    def progress(self, done: int, total: int, unit: str) -> None: ...
+
+    def metric(self, **values: str | float | int | bool | None) -> None: ...
+
+    def publish(self, files: dict[str, Path]) -> None:
+        """Makes files the recovery's artifacts, by the path they get there."""
+        ...
+
+    def stage_seconds(self) -> dict[str, float]:
+        """Wall time of the stages that were committed."""
+        ...
+
+
+class Counter:
+    """One count over the parts of a stage, told to the journal."""
+
+    def __init__(self, journal: Journal, total: int, unit: str) -> None:
+        self._journal, self._total, self._unit, self._before = journal, total, unit, 0
+
+    def part(self, size: int) -> Callable[[int], None]:
+        """Counts a part of `size`: call the result with how much of the part is done."""
+        before = self._before
+        self._before += size
+        return lambda done: self._journal.progress(before + done, self._total, self._unit)

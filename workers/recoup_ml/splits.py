@@ -1,0 +1,83 @@
+"""Which prompts train, which choose the checkpoint, and which decide.
+
+A verdict is worth what its test split is worth. Where prompts carry a `kind`, whole
+kinds are held out, so that the test asks for ability, not for memory of a template;
+otherwise the split goes by hash. Duplicates are dropped first, so that no prompt can
+stand on both sides. Places depend on the prompts' text alone, never on their order.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from recoup.schemas import Prompt
+
+TEST_SHARE, VALIDATION_SHARE = 0.20, 0.12
+MIN_KINDS = 4
+
+
+@dataclass(frozen=True)
+class Split:
+    train: tuple[Prompt, ...]
+    validation: tuple[Prompt, ...]
+    test: tuple[Prompt, ...]
+    test_kinds: tuple[str, ...]
+    duplicates_dropped: int
+
+
+def split(prompts: Sequence[Prompt], test: int, validation: int) -> Split:
+    """Divides prompts into train, validation and test; at most `test` and `validation` prompts in those."""
+    unique = {_key(prompt): prompt for prompt in prompts}
+    ordered = [unique[key] for key in sorted(unique)]
+    kinds = held_out_kinds(ordered)
+    candidates = [prompt for prompt in ordered if prompt.kind in kinds] if kinds else ordered
+    share = len(candidates) if kinds else max(1, round(TEST_SHARE * len(ordered)))
+    tested = candidates[: min(test, share)]
+    rest = [prompt for prompt in ordered if prompt.kind not in kinds] if kinds else ordered[len(tested) :]
+    chosen = min(validation, max(1, round(VALIDATION_SHARE * len(rest))))
+    return Split(
+        train=tuple(rest[chosen:]),
+        validation=tuple(rest[:chosen]),
+        test=tuple(tested),
+        test_kinds=tuple(sorted(kinds)),
+        duplicates_dropped=len(prompts) - len(unique),
+    )
+
+
+def split_keep(prompts: Sequence[Prompt], test: int) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts of `keep` as (train, test), by hash: at most half of them, at most `test`, are tested."""
+    unique = {_key(prompt): prompt for prompt in prompts}
+    ordered = [unique[key] for key in sorted(unique)]
+    tested = min(test, (len(ordered) + 1) // 2)
+    return ordered[tested:], ordered[:tested]
+
+
+def held_out_kinds(prompts: Sequence[Prompt]) -> frozenset[str]:
+    """Whole kinds for test alone: by hash of their name, until they hold a fifth of the prompts.
+
+    Empty where there are fewer than four kinds or some prompts have none.
+    """
+    counts: dict[str, int] = {}
+    for prompt in prompts:
+        if prompt.kind is None:
+            return frozenset()
+        counts[prompt.kind] = counts.get(prompt.kind, 0) + 1
+    if len(counts) < MIN_KINDS:
+        return frozenset()
+    held: set[str] = set()
+    for kind in sorted(counts, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        if sum(counts[name] for name in held) >= TEST_SHARE * len(prompts):
+            break
+        held.add(kind)
+    return frozenset(held)
+
+
+def prompts_sha256(prompts: Sequence[Prompt]) -> str:
+    """A fingerprint of a set of prompts, whatever their order."""
+    return hashlib.sha256("".join(sorted(_key(prompt) for prompt in prompts)).encode()).hexdigest()
+
+
+def _key(prompt: Prompt) -> str:
+    turns = [[message.role, " ".join(message.content.split())] for message in prompt.messages]
+    return hashlib.sha256(json.dumps(turns, ensure_ascii=False).encode()).hexdigest()

@@ -1,0 +1,50 @@
+"""All wiring of the worker, in one place.
+
+Celery runs one task at a time in a thread (pool `threads`, concurrency 1): the task only
+supervises a process of its own, so neither a crash nor CUDA touches the worker.
+"""
+
+import os
+import socket
+import threading
+
+from celery import Celery
+from celery.signals import worker_shutting_down
+
+from recoup_jobs.dispatch import QUEUES, RUN_JOB, celery_app
+from recoup_jobs.ledger import open_ledger
+from recoup_jobs.settings import Settings
+from recoup_worker.tasks import follow_hint
+
+
+def serve(settings: Settings) -> None:
+    """Works until SIGTERM or SIGINT; a job that runs then is given back to the queue."""
+    if settings.broker_url is None:
+        raise SystemExit("RECOUP_BROKER_URL is not set: a worker needs a Redis or Valkey to hear of jobs.")
+    worker_app(settings, settings.broker_url).worker_main(
+        [
+            "worker",
+            "--pool=threads",
+            "--concurrency=1",
+            f"--queues={settings.queue}",
+            f"--hostname=recoup-{os.getpid()}@%h",
+            "--loglevel=INFO",
+            "--without-gossip",
+            "--without-mingle",
+        ]
+    )
+
+
+def worker_app(settings: Settings, broker_url: str) -> Celery:
+    """The Celery application with its one task."""
+    app = celery_app(broker_url, {*QUEUES, settings.queue})
+    ledger = open_ledger(settings)
+    stopping = threading.Event()
+    owner = f"{socket.gethostname()}:{os.getpid()}"
+    worker_shutting_down.connect(lambda **_: stopping.set(), weak=False)
+
+    def run_job(job_id: str) -> None:
+        follow_hint(job_id, ledger, settings, owner, stopping)
+
+    app.task(name=RUN_JOB)(run_job)
+    return app

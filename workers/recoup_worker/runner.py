@@ -1,0 +1,92 @@
+"""The job's own process: `python -m recoup_worker.runner <job> <epoch>`, started by the supervisor.
+
+It runs one claimed recovery and writes the end of it into the ledger. An error that the
+recovery can explain fails the job at once; anything else is a bug or a broken machine, and
+the job is tried again a few times. Killed, it leaves its committed stages behind.
+"""
+
+import shutil
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from recoup_jobs.artifacts import ARTIFACTS
+from recoup_jobs.claims import Claim
+from recoup_jobs.datasets import load_prompts, load_text
+from recoup_jobs.errors import RecoupError, StaleClaim
+from recoup_jobs.ledger import Ledger, open_ledger
+from recoup_jobs.preflight import ModelFolders, preflight
+from recoup_jobs.processes import die_with_parent, die_with_stdin
+from recoup_jobs.settings import Settings
+from recoup_worker.journal import LedgerJournal
+
+if TYPE_CHECKING:
+    from recoup_ml.run import Run
+
+
+def main() -> None:
+    die_with_parent()
+    die_with_stdin()
+    settings = Settings()
+    ledger = open_ledger(settings)
+    job_id, epoch = sys.argv[1], int(sys.argv[2])
+    run_claimed(Claim(job_id, epoch, ledger.get(job_id).request), ledger, settings)
+
+
+def run_claimed(claim: Claim, ledger: Ledger, settings: Settings) -> None:
+    """Runs the recovery and ends the job: succeeded with an outcome, or failed with a code."""
+    from recoup_ml.errors import RecoveryError
+
+    try:
+        _recover(claim, ledger, settings)
+    except StaleClaim:
+        raise
+    except (RecoveryError, RecoupError) as error:
+        ledger.fail(claim, error.code, str(error), retry=False)
+    except Exception as error:
+        traceback.print_exc()
+        ledger.fail(claim, "internal_error", f"{type(error).__name__}: {error}", retry=True)
+
+
+def _recover(claim: Claim, ledger: Ledger, settings: Settings) -> None:
+    from recoup_ml.recipe import recover
+
+    journal = LedgerJournal(ledger, claim, settings)
+    folders = preflight(claim.request, ledger, settings)
+    journal.stage("preflight", lambda _folder: None)
+    outcome = recover(_run(claim, folders, ledger, settings), journal)
+    _clear_work(settings.stage_folder(ledger.committed(claim.job_id)["package"]), settings, claim)
+    ledger.succeed(claim, outcome)
+
+
+def _run(claim: Claim, folders: ModelFolders, ledger: Ledger, settings: Settings) -> "Run":
+    from recoup_ml.run import Run
+
+    request = claim.request
+    text = request.evaluation.natural_text
+    return Run(
+        job_id=claim.job_id,
+        student=folders.student,
+        teacher=folders.teacher,
+        request=request,
+        prompts=load_prompts(ledger, settings, request.prompts),
+        keep=load_prompts(ledger, settings, request.keep) if request.keep else [],
+        natural_text=load_text(ledger, settings, text) if text else [],
+        vllm_url=settings.vllm_urls[0] if settings.vllm_urls else None,
+    )
+
+
+def _clear_work(package: Path, settings: Settings, claim: Claim) -> None:
+    """Removes what the stages left for one another; the published files and the log stay."""
+    for epoch in (settings.jobs_dir / claim.job_id).glob("e*"):
+        for stage in epoch.iterdir():
+            if stage != package:
+                shutil.rmtree(stage)
+    for item in package.iterdir():
+        if item.name != ARTIFACTS:
+            shutil.rmtree(item) if item.is_dir() else item.unlink()
+
+
+if __name__ == "__main__":
+    main()
