@@ -129,7 +129,7 @@ def show(id: Id, json: Json = False) -> None:
 
 @app.command()
 def cancel(id: Id, json: Json = False) -> None:
-    """Ask a recovery to stop; it keeps its best checkpoint."""
+    """Ask a recovery to stop."""
     with _connected() as client:
         recovery = client.recoveries.cancel(id)
         _show(recovery, json, f"{recovery.id} {recovery.state}")

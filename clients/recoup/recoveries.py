@@ -51,7 +51,7 @@ class Recoveries:
         return pages(lambda cursor: self._sender.send(_calls.list_recoveries(cursor, limit)), after)
 
     def cancel(self, id: str) -> Recovery:
-        """Ask the job to stop; it keeps its best checkpoint. Raises ConflictError once it has ended."""
+        """Ask the job to stop. Raises ConflictError once it has ended."""
         return self._sender.send(_calls.cancel_recovery(id))
 
     def events(self, id: str, after: int = 0) -> Iterator[Event]:

@@ -23,6 +23,7 @@ from recoup_ml.tickets import ticket_rows
 from recoup_server.embedded import running
 from recoup_server.memory import PeakMemory
 
+HEALTHY = "smollm2"
 REQUEST: dict[str, Any] = {
     "generation": {"max_new_tokens": 40},
     "evaluation": {"test_sequences": 112, "validation_sequences": 24},
@@ -52,9 +53,13 @@ def run_demo(damage: str, settings: Settings) -> int:
     return 0 if succeeded else 1
 
 
+def student_name(damage: str) -> str:
+    return f"{HEALTHY}-{damage}"
+
+
 def _make_models(damage: str, root: Path, console: Console) -> None:
     """Converts the healthy model and damages a copy, each once, in a process that gives its memory back."""
-    if (root / f"smollm2-{damage}").exists():
+    if (root / student_name(damage)).exists():
         console.print(f"reusing the models below {root}")
         return
     console.print(f"converting SmolLM2-135M-Instruct and damaging a copy ({damage}) below {root} …")
@@ -66,7 +71,7 @@ def _recover(client: Client, damage: str, settings: Settings, console: Console) 
     fields = dict(REQUEST)
     if damage == "finetuning":
         fields["keep"] = {"file": client.files.create(_tickets(settings.home / "tickets.jsonl")).id}
-    recovery = client.recoveries.create(student=f"smollm2-{damage}", teacher="smollm2", **fields)
+    recovery = client.recoveries.create(student=student_name(damage), teacher=HEALTHY, **fields)
     console.print(f"submitted {recovery.id}")
     try:
         recovery = watch(client, recovery.id, console)

@@ -7,9 +7,11 @@ import shutil
 import sys
 from pathlib import Path
 
-from recoup_ml import injure, smollm
+from transformers.utils import logging
 
-HEALTHY = "smollm2"
+from recoup_ml import injure, smollm
+from recoup_server.demo import HEALTHY, student_name
+
 INJURIES = {
     "finetuning": injure.finetune,
     "quantization": injure.quantize,
@@ -18,14 +20,10 @@ INJURIES = {
 }
 
 
-def damaged_name(damage: str) -> str:
-    return f"{HEALTHY}-{damage}"
-
-
 def make(root: Path, damage: str) -> None:
     """Writes the healthy model and the damaged copy below `root`, each if it is not there yet."""
     smollm.convert(root / HEALTHY)
-    student = root / damaged_name(damage)
+    student = root / student_name(damage)
     if student.exists():
         return
     aside = student.with_name(f".{student.name}")
@@ -35,4 +33,5 @@ def make(root: Path, damage: str) -> None:
 
 
 if __name__ == "__main__":
+    logging.disable_progress_bar()
     make(Path(sys.argv[1]), sys.argv[2])

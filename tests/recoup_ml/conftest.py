@@ -5,11 +5,15 @@ seconds on prompts such as `reverse : red fox seven`. It is small enough for a r
 seconds, and healthy enough for damage to show.
 """
 
+import json
 import random
 import shutil
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +31,26 @@ from recoup_ml.sequences import Answered, collate, encode
 from recoup_ml.tickets import NAMES, OPENINGS, QUEUES
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<|system|>", "<|user|>", "<|assistant|>"]
-THINGS = "red blue green black white fox dog cat bird fish one two three seven nine stone tree river".split()
+THINGS = [
+    "red",
+    "blue",
+    "green",
+    "black",
+    "white",
+    "fox",
+    "dog",
+    "cat",
+    "bird",
+    "fish",
+    "one",
+    "two",
+    "three",
+    "seven",
+    "nine",
+    "stone",
+    "tree",
+    "river",
+]
 TASKS: dict[str, Callable[[list[str]], list[str]]] = {
     "copy": lambda words: words,
     "reverse": lambda words: words[::-1],
@@ -152,7 +175,7 @@ def drop_third_layer(model: PreTrainedModel) -> None:
 
 DAMAGES: dict[str, Callable[[Path, Path], None]] = {
     "finetuned": lambda teacher, student: change(teacher, student, add_noise),
-    "forgetful": lambda teacher, student: injure.finetune(teacher, student, steps=4, rate=3e-3),
+    "forgetful": lambda teacher, student: injure.finetune(teacher, student, steps=20, rate=3e-3),
     "rounded": lambda teacher, student: injure.quantize(teacher, student, bits=3, group=32),
     "pruned": injure.prune,
     "pruned-2:4": lambda teacher, student: change(teacher, student, cut_two_of_four),
@@ -202,7 +225,9 @@ def answered(
     healthy: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt]
 ) -> list[Answered]:
     """The teacher's answers to 40 prompts, of different lengths."""
-    return LocalEngine(healthy, tokenizer).answer(encode(prompts[:40], tokenizer, 512), 12, lambda _done: None)
+    return LocalEngine(healthy, tokenizer).answer(
+        encode(prompts[:40], tokenizer, 512), 12, lambda _done: None
+    )
 
 
 @pytest.fixture(scope="session")
@@ -210,7 +235,7 @@ def natural_text() -> list[str]:
     return [f"{prompt.messages[0].content} {prompt.completion}" for prompt in task_prompts(300, seed=9)]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_run(
     teacher: Path, student: Callable[[str], Path], prompts: list[Prompt], natural_text: list[str]
 ) -> Callable[..., Run]:
@@ -286,3 +311,68 @@ class FolderJournal:
 @pytest.fixture(scope="session")
 def open_journal() -> type[FolderJournal]:
     return FolderJournal
+
+
+class CompletionsServer:
+    """An OpenAI-compatible completions server on loopback that gives its choices in any order.
+
+    It echoes the end of each prompt, unless `answer` says otherwise; `reply` may change what is sent,
+    and a number sent in its place is that status.
+    """
+
+    def __init__(self) -> None:
+        self.bodies: list[dict[str, Any]] = []
+        self.models = ["teacher"]
+        self.answer: Callable[[list[int], int], list[int]] = lambda ids, limit: [*ids[-4:], 2][:limit]
+        self.reply: Callable[[dict[str, Any]], dict[str, Any] | bytes | int] = lambda answer: answer
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self._send({"data": [{"id": name} for name in server.models]})
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                server.bodies.append(body)
+                self._send(server.reply(server.complete(body)))
+
+            def _send(self, reply: dict[str, Any] | bytes | int) -> None:
+                status = reply if isinstance(reply, int) else 200
+                content = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *_: object) -> None: ...
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._http.daemon_threads = True
+        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,))
+        self._thread.start()
+        self.url = f"http://127.0.0.1:{self._http.server_port}"
+
+    def complete(self, body: dict[str, Any]) -> dict[str, Any]:
+        answers = [self.answer(ids, body["max_tokens"]) for ids in body["prompt"]]
+        choices = [
+            {
+                "index": index,
+                "text": "",
+                "token_ids": ids,
+                "finish_reason": "stop" if ids[-1] == 2 else "length",
+            }
+            for index, ids in enumerate(answers)
+        ]
+        return {"choices": random.Random(0).sample(choices, len(choices))}
+
+    def stop(self) -> None:
+        self._http.shutdown()
+        self._thread.join()
+        self._http.server_close()
+
+
+@pytest.fixture
+def server() -> Iterator[CompletionsServer]:
+    running = CompletionsServer()
+    yield running
+    running.stop()

@@ -41,7 +41,9 @@ def states() -> States:
 
 def test_positions_are_drawn_evenly_from_all_sequences() -> None:
     chosen = choose_positions([sequence(5, 40) for _ in range(20)], total=256, seed=0).chosen
-    assert [len(places) for places in chosen] == [12] * 20
+    counts = [len(places) for places in chosen]
+    assert max(counts) - min(counts) <= 1
+    assert 240 <= sum(counts) <= 256
     for places in chosen:
         assert list(places) == sorted(set(places))
         assert set(places) <= set(range(40))
@@ -138,7 +140,9 @@ def test_massive_activations_are_dropped_and_counted(
     assert found.dropped_outliers == len(range(0, SEQUENCES * TOKENS, 64))
     assert found.positions == clean.positions - found.dropped_outliers
     for layer in range(LAYERS):
-        assert found.before.diagonal[layer].value == pytest.approx(clean.before.diagonal[layer].value, abs=0.02)
+        assert found.before.diagonal[layer].value == pytest.approx(
+            clean.before.diagonal[layer].value, abs=0.02
+        )
         assert found.after.diagonal[layer].value == pytest.approx(clean.after.diagonal[layer].value, abs=0.02)
 
 

@@ -47,9 +47,7 @@ def test_each_damage_is_recognised(
         ("shallow", "1 of the teacher's decoder layers are missing."),
     ],
 )
-def test_the_evidence_says_what_was_seen(
-    damage: str, evidence: str, student: Student, teacher: Path
-) -> None:
+def test_the_evidence_says_what_was_seen(damage: str, evidence: str, student: Student, teacher: Path) -> None:
     found = inspect(student(damage), teacher).evidence
     assert len(found) == 2
     assert "of the teacher's norm" in found[0]
@@ -67,9 +65,7 @@ def test_the_distance_is_the_relative_frobenius_norm(student: Student, teacher: 
     assert found.weight_distance == pytest.approx(float(difference.norm() / norm), rel=1e-5)
 
 
-def test_the_distance_by_layer_shows_where_the_damage_is(
-    teacher: Path, tmp_path: Path
-) -> None:
+def test_the_distance_by_layer_shows_where_the_damage_is(teacher: Path, tmp_path: Path) -> None:
     model = models.load(teacher)
     with torch.no_grad():
         model.model.layers[2].mlp.up_proj.weight.mul_(1.1)
@@ -102,20 +98,34 @@ def test_missing_layers_are_found_and_the_others_mapped(
     assert found.weight_distance == pytest.approx(noise, abs=0.02)
 
 
+def test_no_two_layers_are_mapped_to_one(make_model: MakeModel, tmp_path: Path) -> None:
+    """Two of the teacher's layers are alike, and the first of all is missing from the student."""
+    model = make_model()
+    model.model.layers[2].load_state_dict(model.model.layers[1].state_dict())
+    model.save_pretrained(tmp_path / "teacher")
+    del model.model.layers[0]
+    model.config.num_hidden_layers = 3
+    model.save_pretrained(tmp_path / "student")
+    found = inspect(tmp_path / "student", tmp_path / "teacher")
+    assert found.layer_map == [(0, 1), (1, 2), (2, 3)]
+
+
 @pytest.mark.parametrize(("bits", "kind"), [(3, "quantization"), (4, "quantization"), (8, "finetuning")])
-def test_few_levels_are_the_mark_of_quantization(
-    bits: int, kind: str, teacher: Path, tmp_path: Path
-) -> None:
+def test_few_levels_are_the_mark_of_quantization(bits: int, kind: str, teacher: Path, tmp_path: Path) -> None:
     injure.quantize(teacher, tmp_path / "student", bits=bits, group=32)
     assert inspect(tmp_path / "student", teacher).kind == kind
 
 
-def test_a_quantization_that_the_config_names_is_believed(student: Student, teacher: Path, tmp_path: Path) -> None:
+def test_a_quantization_that_the_config_names_is_believed(
+    student: Student, teacher: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "student"
     folder.mkdir()
     for path in student("finetuned").iterdir():
         (folder / path.name).symlink_to(path)
-    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "awq"}}
+    config = json.loads((folder / "config.json").read_text()) | {
+        "quantization_config": {"quant_method": "awq"}
+    }
     (folder / "config.json").unlink()
     (folder / "config.json").write_text(json.dumps(config))
     found = inspect(folder, teacher)
@@ -145,7 +155,7 @@ def test_heavy_pruning_is_not_taken_for_few_levels(teacher: Path, tmp_path: Path
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=3, n_head=4, n_positions=64)),
+        lambda: GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=3, n_head=4)),
         lambda: MptForCausalLM(MptConfig(vocab_size=64, d_model=32, n_layers=3, n_heads=4, max_seq_len=64)),
     ],
     ids=["gpt2", "mpt"],
@@ -158,7 +168,9 @@ def test_families_with_other_names_for_their_depth_are_inspected(
     assert (found.kind, found.layer_map) == ("none", [(0, 0), (1, 1), (2, 2)])
 
 
-def test_models_without_a_common_tensor_are_refused(make_model: MakeModel, teacher: Path, tmp_path: Path) -> None:
+def test_models_without_a_common_tensor_are_refused(
+    make_model: MakeModel, teacher: Path, tmp_path: Path
+) -> None:
     narrow = make_model(hidden_size=16, intermediate_size=24, vocab_size=64)
     narrow.save_pretrained(tmp_path / "student")
     with pytest.raises(IncompatibleModels, match="share no tensor"):

@@ -73,7 +73,8 @@ class Sides:
         weights = torch.randn(2, VOCABULARY, WIDTH, generator=draw)
         biases = torch.randn(2, VOCABULARY, generator=draw)
         self.teacher_head, self.student_head = (
-            Head(weight, bias, softcap) for weight, bias in zip(weights.unbind(), biases.unbind(), strict=True)
+            Head(weight, bias, softcap)
+            for weight, bias in zip(weights.unbind(), biases.unbind(), strict=True)
         )
         self.leaves = [self.student_ND, self.student_head.weight_VD, self.student_head.bias_V]
         for leaf in self.leaves:

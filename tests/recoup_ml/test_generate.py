@@ -1,10 +1,7 @@
 """Greedy answers: the plain loop's from the model itself, and in order from a server that is only human."""
 
-import json
-import random
 import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -128,71 +125,8 @@ def test_no_answer_at_all_is_an_error_that_says_so() -> None:
         usable([answered(""), answered(" ")])
 
 
-class Server:
-    """An OpenAI-compatible completions server that echoes each prompt, its choices in any order.
-
-    `reply` may change an answer before it is sent; a number sends that status instead.
-    """
-
-    def __init__(self) -> None:
-        self.bodies: list[dict[str, Any]] = []
-        self.models = ["teacher"]
-        self.reply: Callable[[dict[str, Any]], dict[str, Any] | bytes | int] = lambda answer: answer
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                self._send({"data": [{"id": name} for name in server.models]})
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                server.bodies.append(body)
-                self._send(server.reply(server.echo(body)))
-
-            def _send(self, reply: dict[str, Any] | bytes | int) -> None:
-                status = reply if isinstance(reply, int) else 200
-                content = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *_: object) -> None: ...
-
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._http.daemon_threads = True
-        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,))
-        self._thread.start()
-        self.url = f"http://127.0.0.1:{self._http.server_port}"
-
-    @staticmethod
-    def echo(body: dict[str, Any]) -> dict[str, Any]:
-        choices = [
-            {
-                "index": index,
-                "text": "",
-                "token_ids": [*ids[-4:], 2][: body["max_tokens"]],
-                "finish_reason": "stop" if body["max_tokens"] > 4 else "length",
-            }
-            for index, ids in enumerate(body["prompt"])
-        ]
-        return {"choices": random.Random(0).sample(choices, len(choices))}
-
-    def stop(self) -> None:
-        self._http.shutdown()
-        self._thread.join()
-        self._http.server_close()
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    running = Server()
-    yield running
-    running.stop()
-
-
 def test_a_servers_answers_come_in_the_order_of_the_prompts(
-    server: Server, tokenizer: PreTrainedTokenizerFast, asked: list[Encoded]
+    server: Any, tokenizer: PreTrainedTokenizerFast, asked: list[Encoded]
 ) -> None:
     found = VllmEngine(server.url, tokenizer).answer(asked, LIMIT, ignore)
     assert [answer.answer_ids for answer in found] == [(*prompt.ids[-4:], 2) for prompt in asked]
@@ -203,7 +137,7 @@ def test_a_servers_answers_come_in_the_order_of_the_prompts(
 
 
 def test_a_server_is_asked_greedily_on_token_ids(
-    server: Server, tokenizer: PreTrainedTokenizerFast, asked: list[Encoded]
+    server: Any, tokenizer: PreTrainedTokenizerFast, asked: list[Encoded]
 ) -> None:
     told: list[int] = []
     VllmEngine(server.url + "/", tokenizer).answer(asked, 3, told.append)
@@ -239,14 +173,14 @@ def without_token_ids(answer: dict[str, Any]) -> dict[str, Any]:
     [
         (lambda _: 500, "(?s)does not answer /v1/completions.*500.*Check RECOUP_VLLM_URLS"),
         (lambda _: 404, "(?s)does not answer /v1/completions.*404.*Check RECOUP_VLLM_URLS"),
-        (without_last, "Asked the teacher 8 prompts, got 7 answers"),
+        (without_last, "8 prompts and got 7 answers"),
     ],
     ids=["500", "404", "too few answers"],
 )
 def test_a_server_that_fails_is_an_unavailable_teacher_and_the_error_says_how(
     reply: Callable[[dict[str, Any]], Any],
     sentence: str,
-    server: Server,
+    server: Any,
     tokenizer: PreTrainedTokenizerFast,
     asked: list[Encoded],
 ) -> None:
@@ -268,7 +202,7 @@ def test_a_server_that_fails_is_an_unavailable_teacher_and_the_error_says_how(
 )
 def test_a_server_that_answers_nonsense_is_an_unavailable_teacher(
     reply: Callable[[dict[str, Any]], Any],
-    server: Server,
+    server: Any,
     tokenizer: PreTrainedTokenizerFast,
     asked: list[Encoded],
 ) -> None:
@@ -279,25 +213,26 @@ def test_a_server_that_answers_nonsense_is_an_unavailable_teacher(
 
 
 def test_a_server_without_a_model_is_an_unavailable_teacher(
-    server: Server, tokenizer: PreTrainedTokenizerFast
+    server: Any, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     server.models = []
     with pytest.raises(TeacherUnavailable, match="serves no model"):
         VllmEngine(server.url, tokenizer)
 
 
-def test_a_server_that_is_not_there_is_an_unavailable_teacher(tokenizer: PreTrainedTokenizerFast) -> None:
-    gone = Server()
-    gone.stop()
+def test_a_server_that_is_gone_is_an_unavailable_teacher(
+    server: Any, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    server.stop()
     with pytest.raises(TeacherUnavailable, match="Check RECOUP_VLLM_URLS"):
-        VllmEngine(gone.url, tokenizer)
+        VllmEngine(server.url, tokenizer)
 
 
 def test_a_server_that_is_too_slow_is_an_unavailable_teacher(
-    server: Server, tokenizer: PreTrainedTokenizerFast, asked: list[Encoded]
+    server: Any, tokenizer: PreTrainedTokenizerFast, asked: list[Encoded]
 ) -> None:
     late = threading.Event()
-    server.reply = lambda answer: late.wait(5) and answer or answer
+    server.reply = lambda answer: (late.wait(5) and answer) or answer
     engine = VllmEngine(server.url, tokenizer, timeout=0.2)
     with pytest.raises(TeacherUnavailable):
         engine.answer(asked[:2], LIMIT, ignore)

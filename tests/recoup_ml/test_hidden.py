@@ -14,8 +14,8 @@ from recoup_ml.hidden import capture, decoder_blocks
 MakeModel = Callable[..., PreTrainedModel]
 
 
-@pytest.fixture
-def ids_BT() -> Tensor:
+@pytest.fixture(name="ids_BT")
+def ids() -> Tensor:
     return torch.arange(3, 23).view(2, 10)
 
 
@@ -26,7 +26,7 @@ def llama(make_model: MakeModel) -> PreTrainedModel:
 
 def gpt2() -> PreTrainedModel:
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=128, n_embd=32, n_layer=3, n_head=4, n_positions=64)).eval()
+    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=3, n_head=4)).eval()
 
 
 def hooks(model: PreTrainedModel) -> int:

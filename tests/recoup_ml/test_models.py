@@ -60,7 +60,9 @@ def test_gradients_reach_the_model_through_its_head(teacher: Path) -> None:
     assert not models.head(model).detached().weight_VD.requires_grad
 
 
-def test_a_loaded_model_is_float32_on_a_cpu_and_evaluates(student: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_loaded_model_is_float32_on_a_cpu_and_evaluates(
+    student: Callable[[str], Path], tmp_path: Path
+) -> None:
     models.load(student("copy")).to(torch.bfloat16).save_pretrained(tmp_path / "half")
     model = models.load(tmp_path / "half")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}

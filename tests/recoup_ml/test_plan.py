@@ -36,9 +36,7 @@ def plan(found: DamageReport, available: int = 100, **request: object) -> Plan:
         (damage("none"), "lora", "adapter", False),
     ],
 )
-def test_auto_decides_by_the_damage(
-    found: DamageReport, mode: str, output: str, keep_zeros: bool
-) -> None:
+def test_auto_decides_by_the_damage(found: DamageReport, mode: str, output: str, keep_zeros: bool) -> None:
     made = plan(found)
     assert (made.method, made.mode, made.output, made.keep_zeros) == (
         "off_policy",
@@ -53,6 +51,11 @@ def test_steps_and_rate_are_those_seen_to_work(kind: str) -> None:
     lora, full = plan(damage(kind)), plan(damage(kind), training={"mode": "full"})
     assert lora.steps == full.steps == RECIPES[kind].steps
     assert (lora.learning_rate, full.learning_rate) == (RECIPES[kind].lora_rate, RECIPES[kind].full_rate)
+
+
+def test_an_adapter_goes_everywhere_unless_told_otherwise() -> None:
+    made = plan(damage("finetuning"))
+    assert (made.targets, made.rank, made.alpha) == ("all-linear", 16, 32)
 
 
 def test_a_drift_without_a_known_mark_is_treated_as_fine_tuning() -> None:
@@ -101,9 +104,9 @@ def test_a_student_without_layers_may_be_merged() -> None:
     assert plan(damage("pruning"), output={"kind": "merged"}).output == "merged"
 
 
-def test_an_adapter_from_full_fine_tuning_is_refused() -> None:
-    with pytest.raises(UnsupportedRequest, match="whole model"):
-        plan(damage("finetuning"), training={"mode": "full"}, output={"kind": "adapter"})
+def test_an_adapter_that_was_asked_for_is_not_turned_into_a_whole_model() -> None:
+    """`auto` may choose how to train, but no other output than the one that was named."""
+    assert plan(damage("pruning", "2:4"), output={"kind": "adapter"}).output == "adapter"
 
 
 def test_a_batch_is_no_larger_than_what_there_is() -> None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from recoup_ml import models, scores
 from recoup_ml.observation import Observation, observe
-from recoup_ml.scores import Scores, compare, matches, repetition, text_windows
+from recoup_ml.scores import Scores, compare, greedy_share, matches, repetition, text_windows
 from recoup_ml.sequences import Answered
 
 
@@ -24,9 +24,7 @@ def damaged(student: Callable[[str], Path]) -> PreTrainedModel:
     return models.load(student("finetuned"))
 
 
-def test_the_teacher_agrees_with_itself_entirely(
-    teacher_seen: Observation, answered: list[Answered]
-) -> None:
+def test_the_teacher_agrees_with_itself_entirely(teacher_seen: Observation, answered: list[Answered]) -> None:
     scored = compare(teacher_seen, teacher_seen, answered)
     assert scored.mean_kl == 0
     assert {value for sequence in scored.kl for value in sequence} == {0.0}
@@ -54,11 +52,32 @@ def test_scores_are_those_of_plain_forward_passes(
     )
 
 
-def test_greedy_answers_have_the_teachers_likeliest_tokens(
-    teacher_seen: Observation, answered: list[Answered]
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_the_size_of_chunks_changes_nothing(
+    chunk: int,
+    damaged: PreTrainedModel,
+    teacher_seen: Observation,
+    answered: list[Answered],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for hidden_AD, sequence in zip(teacher_seen.hidden, answered, strict=True):
-        assert teacher_seen.head(hidden_AD).argmax(-1).tolist() == list(sequence.answer_ids)
+    seen = observe(damaged, answered, 0)
+    expected = compare(teacher_seen, seen, answered)
+    monkeypatch.setattr(scores, "CHUNK", chunk)
+    found = compare(teacher_seen, seen, answered)
+    assert found.agreement == expected.agreement
+    assert found.nll == pytest.approx(expected.nll, rel=1e-4)
+    for ours, theirs in zip(found.kl, expected.kl, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+def test_greedy_answers_are_the_likeliest_tokens_of_who_gave_them(
+    damaged: PreTrainedModel, teacher_seen: Observation, answered: list[Answered]
+) -> None:
+    assert greedy_share(teacher_seen, answered) == 1.0
+    seen = observe(damaged, answered, 0)
+    scored = compare(teacher_seen, seen, answered)
+    tokens = sum(len(sequence.answer_ids) for sequence in answered)
+    assert greedy_share(seen, answered) == sum(scored.agreement) / tokens < 1.0
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
@@ -78,8 +97,6 @@ def test_bits_of_natural_text_are_those_of_plain_forward_passes(
         bits = -sum(float(log_p_TV[at, token]) for at, token in enumerate(ids[1:])) / math.log(2)
         assert window.bits == pytest.approx(bits, rel=1e-4)
         assert window.characters == len(tokenizer.decode(ids[1:]))
-
-
 
 
 def test_windows_are_spread_over_all_of_the_text(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -111,3 +128,13 @@ def test_repetition_is_the_share_of_grams_seen_before(ids: list[int], share: flo
 def test_a_match_forgives_white_space_at_the_ends_and_nothing_else() -> None:
     answers = [" billing\n", "Billing", "billing.", "billing"]
     assert matches(answers, ["billing"] * 4) == [True, False, False, True]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_model_on_a_gpu_is_compared_with_a_teacher_from_a_file(
+    healthy: PreTrainedModel, teacher: Path, answered: list[Answered], tmp_path: Path
+) -> None:
+    observe(healthy, answered, 0).save(tmp_path / "teacher.safetensors")
+    seen = observe(models.load(teacher).cuda().float(), answered, 0)
+    assert compare(Observation.load(tmp_path / "teacher.safetensors"), seen, answered).mean_kl < 1e-4

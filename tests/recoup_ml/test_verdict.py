@@ -26,9 +26,7 @@ def paired(after: np.ndarray | None, **changes: object) -> Paired:
 
 def guarded(before: float, after: float, **changes: object) -> Measure:
     """A guarded measure whose every unit got better or worse alike."""
-    bits = paired(
-        units(after), label="natural text", teacher=units(0.9), before=units(before), guarded=True
-    )
+    bits = paired(units(after), label="natural text", teacher=units(0.9), before=units(before), guarded=True)
     return measure(replace(bits, **changes), GATE, seed=0)
 
 

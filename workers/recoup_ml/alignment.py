@@ -7,6 +7,7 @@ more than ten times its layer's median, in any layer of either model, is dropped
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,8 @@ from recoup_ml import cka
 from recoup_ml.sequences import Answered
 
 GROUPS = 16
-T_975_15 = 2.131  # Student's t, 97.5 %, 15 degrees of freedom
+T_975 = (2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+"""Student's t, 97.5 %, for 5 to 16 groups."""
 OUTLIER = 10.0
 ESTIMATOR = "linear CKA, debiased: pairs across groups of sequences; jackknife over groups"
 
@@ -56,12 +58,12 @@ def choose_positions(sequences: Sequence[Answered], total: int, seed: int) -> Po
     The sequences are used in their order; position 0 of a sequence never predicts an answer here.
     """
     draw = np.random.default_rng(seed)
-    each = max(1, total // len(sequences))
+    each, more = divmod(total, len(sequences))
     chosen = []
-    for sequence in sequences:
+    for index, sequence in enumerate(sequences):
         first = 1 if len(sequence.prompt_ids) == 1 else 0
         places = np.arange(first, len(sequence.answer_ids))
-        picked = draw.permutation(places)[:each]
+        picked = draw.permutation(places)[: each + (index < more)]
         chosen.append(tuple(int(place) for place in np.sort(picked)))
     return Positions(tuple(chosen))
 
@@ -89,7 +91,7 @@ def align(states: States, positions: Positions, layer_map: Sequence[tuple[int, i
         layer_map=list(layer_map),
         positions=len(groups_N),
         sequences=len(positions.chosen),
-        groups=GROUPS,
+        groups=before.groups,
         dropped_outliers=int((~stay_N).sum()),
         positions_sha256=positions.sha256,
         before=_state(before, layer_map),
@@ -110,7 +112,7 @@ class _Headroom:
     def recovered(self, layer_map: Sequence[tuple[int, int]]) -> Estimate:
         """Share of the headroom won, mean CKA over `layer_map`, with its jackknife interval."""
         left_out = [self._without(group).share(layer_map) for group in range(self.before.groups)]
-        return _estimate(cka.jackknife(self.share(layer_map), left_out, T_975_15))
+        return _estimate(cka.jackknife(self.share(layer_map), left_out, T_975[self.before.groups - 5]))
 
     def share(self, layer_map: Sequence[tuple[int, int]]) -> float:
         """(after - before) / (ceiling - before)."""
@@ -118,7 +120,7 @@ class _Headroom:
         before = _diagonal(self.before, layer_map).mean()
         after = _diagonal(self.after, layer_map).mean()
         ceiling = _diagonal(self.ceiling, own_layers).mean()
-        return float((after - before) / (ceiling - before))
+        return float((after - before) / (ceiling - before)) if ceiling != before else math.nan
 
     def _without(self, group: int) -> "_Headroom":
         return _Headroom(self.before.without(group), self.after.without(group), self.ceiling.without(group))
@@ -147,7 +149,7 @@ def _diagonal(sums: cka.Products, layer_map: Sequence[tuple[int, int]]) -> cka.A
 def _state(sums: cka.Products, layer_map: Sequence[tuple[int, int]]) -> AlignmentState:
     left_out = np.array([_diagonal(sums.without(group), layer_map) for group in range(sums.groups)])
     intervals = [
-        cka.jackknife(float(value), left_out[:, index].tolist(), T_975_15)
+        cka.jackknife(float(value), left_out[:, index].tolist(), T_975[sums.groups - 5])
         for index, value in enumerate(_diagonal(sums, layer_map))
     ]
     matrix = [[_finite(value) for value in row] for row in cka.matrix(sums)]

@@ -44,7 +44,7 @@ def generate(run: Run, journal: Journal, done: Done, folder: Path) -> None:
     parts = diagnose.split_prompts(run)
     plan = make_plan(run.request, diagnose.read(done).damage, len(parts.train))
     chosen = parts.train[: plan.answers], parts.validation, split_keep(run.keep, KEPT)[0][: plan.answers]
-    train, validation, keep = (encode(part, tokenizer, run.request.training.max_length) for part in chosen)
+    train, validation, keep = (encode(part, tokenizer, run.prompt_tokens) for part in chosen)
     counter = Counter(journal, 2 * (len(train) + len(validation) + len(keep)), "answers")
     limit = run.request.generation.max_new_tokens
     teacher = _teacher(run, tokenizer)

@@ -1,19 +1,25 @@
 """Centered Kernel Alignment of two models' hidden states, without bias from small samples.
 
 Linear CKA compares two sets of activations of the same tokens by their Gram matrices
-(Kornblith et al. 2019, arXiv 1905.00414):  <K, L> / sqrt(<K, K> <L, L>),  K = X X', L = Y Y'.
-Taken over all entries it tends to 1 as width grows over samples, and tokens of one text,
-which resemble each other, count as agreement. Here the inner products run over pairs of
-positions from *different groups of whole sequences* only: no diagonal, so no bias; no pair
-inside a text, so no credit for sharing one. What is left is a U-statistic, and deleting one
-group at a time gives its jackknife interval for nothing.
+(Kornblith et al. 2019, arXiv 1905.00414):  HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)),  K = X X', L = Y Y'.
+Taken over all entries it tends to 1 as width grows over samples, and tokens of one text, which
+resemble each other, count as agreement. Here HSIC is its U-statistic (Song et al. 2012, HSIC_1) with
+"different rows" read as "rows of different *groups of whole sequences*":
 
-States are centred by the mean over all positions and scaled to unit size in float32 before
-any product (uncentred float32 returns 1.0 for a truth of 0.80); sums are kept in float64.
-Nothing is clamped: an estimate may be below 0 or above 1, and is NaN where a self-product
-is not positive. CKA does not change under rotation, scale or shift of either side.
+    HSIC = E k(a,b) l(a,b) - 2 E k(a,b) l(a,c) + E k(a,b) l(c,d),    a, b, c, d from four groups
+
+No diagonal and no pair inside a text, so no credit for sharing one; the second and third term are
+what centring stands for, so a mean over few texts ties nothing together. With a row a group it is
+the debiased CKA of the literature. Deleting one group at a time gives its jackknife interval.
+
+States are shifted by their mean and scaled to unit size in float32 before any product (uncentred
+float32 returns 1.0 for a truth of 0.80); sums are kept in float64. Nothing is clamped: an estimate may
+be below 0 or above 1, and is NaN where a self-product is not positive. CKA does not change under
+rotation, scale or shift of either side.
 
 This module computes; which positions enter is `alignment.py`'s business.
+
+Axes: L and M layers of either model, N rows, G groups, P pairs of groups.
 """
 
 from collections.abc import Sequence
@@ -29,21 +35,17 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Products:
-    """Inner products of Gram blocks, for each pair (a, b) of different groups."""
+    """HSIC of all layer pairs: first without each group in turn, last over all groups."""
 
-    pairs_P2: NDArray[np.int64]
-    xy_PLM: Array
-    """<K_i, L_j> of layer i of the first model and layer j of the second."""
-    xx_PL: Array
-    yy_PM: Array
+    xy_KLM: Array
+    xx_KL: Array
+    yy_KM: Array
     groups: int
 
     def without(self, group: int) -> "Products":
-        """The products with every pair of one group taken out."""
-        stay = (self.pairs_P2 != group).all(axis=1)
-        return Products(
-            self.pairs_P2[stay], self.xy_PLM[stay], self.xx_PL[stay], self.yy_PM[stay], self.groups - 1
-        )
+        """What is left when the rows of one group are taken out."""
+        only = slice(group, group + 1)
+        return Products(self.xy_KLM[only], self.xx_KL[only], self.yy_KM[only], self.groups - 1)
 
 
 @dataclass(frozen=True)
@@ -57,35 +59,31 @@ class Interval:
 
 
 def products(x: Sequence[Tensor], y: Sequence[Tensor], groups_N: Tensor) -> Products:
-    """Accumulates all layer pairs of two models over all pairs of groups.
+    """HSIC of all layer pairs of two models.
 
     Args:
         x, y: one [N, D] tensor a layer, the same N positions in both; widths and depths may differ.
         groups_N: the group of each position, 0..G-1; all positions of a sequence share one.
 
     Raises:
-        ValueError: fewer than 3 groups, or states that do not match.
+        ValueError: fewer than 5 groups (four, and one to leave out), or states that do not match.
     """
-    count = int(groups_N.max()) + 1
-    if count < 3 or {len(layer) for layer in (*x, *y)} != {len(groups_N)}:
-        raise ValueError("CKA needs the same positions in every layer, from at least 3 groups of sequences.")
-    members = [torch.nonzero(groups_N == group).flatten() for group in range(count)]
-    x_parts, y_parts = _centred_by_group(x, members), _centred_by_group(y, members)
-    pairs = [(a, b) for a in range(count) for b in range(a + 1, count)]
-    xy, xx, yy = [], [], []
-    for a, b in pairs:
-        grams_x, grams_y = _grams(x_parts, a, b), _grams(y_parts, a, b)
-        xy.append((grams_x @ grams_y.T).double().numpy())
-        xx.append(grams_x.double().square().sum(1).numpy())
-        yy.append(grams_y.double().square().sum(1).numpy())
-    return Products(np.array(pairs), np.array(xy), np.array(xx), np.array(yy), count)
+    sizes_G = torch.bincount(groups_N)
+    if len(sizes_G) < 5 or {len(layer) for layer in (*x, *y)} != {len(groups_N)}:
+        raise ValueError("CKA needs the same positions in every layer, from at least 5 groups of sequences.")
+    order = groups_N.argsort(stable=True)
+    first, second = (_side([layer[order] for layer in layers], sizes_G) for layers in (x, y))
+    xy, xx, yy = (
+        _jackknifed(*sides, sizes_G) for sides in ((first, second), (first, first), (second, second))
+    )
+    return Products(xy, _diagonals(xx), _diagonals(yy), len(sizes_G))
 
 
 def matrix(sums: Products) -> Array:
     """CKA of every layer pair, [L, M]; NaN where a self-product is not positive."""
-    xx_L, yy_M = sums.xx_PL.sum(0), sums.yy_PM.sum(0)
+    xx_L, yy_M = sums.xx_KL[-1], sums.yy_KM[-1]
     norm_LM = np.sqrt(np.outer(np.where(xx_L > 0, xx_L, np.nan), np.where(yy_M > 0, yy_M, np.nan)))
-    return np.asarray(sums.xy_PLM.sum(0) / norm_LM, dtype=np.float64)
+    return np.asarray(sums.xy_KLM[-1] / norm_LM, dtype=np.float64)
 
 
 def jackknife(value: float, leave_one_out: Sequence[float], t_quantile: float = 2.0) -> Interval:
@@ -99,16 +97,86 @@ def jackknife(value: float, leave_one_out: Sequence[float], t_quantile: float = 
     return Interval(value, value - t_quantile * se, value + t_quantile * se, se)
 
 
-def _centred_by_group(states: Sequence[Tensor], members: Sequence[Tensor]) -> list[list[Tensor]]:
-    parts: list[list[Tensor]] = [[] for _ in members]
-    for layer in states:
-        centred = layer.float() - layer.double().mean(0).float()
-        size = float(centred.double().square().mean().sqrt()) or 1.0
-        for group, rows in enumerate(members):
-            parts[group].append(centred[rows] / size)
-    return parts
+@dataclass(frozen=True)
+class _Side:
+    """One model's layers, cut into groups, and the sums of their kernel over rows of a group."""
+
+    parts: list[tuple[Tensor, ...]]
+    row_LNG: Tensor
+    """Σ_b k(row, b) over the rows b of each group; 0 for the row's own."""
+    block_LGG: Tensor
+    """Σ_ab k(a, b) over the rows of two groups; 0 on the diagonal."""
 
 
-def _grams(parts: list[list[Tensor]], a: int, b: int) -> Tensor:
+def _side(layers: Sequence[Tensor], sizes_G: Tensor) -> _Side:
+    parts = [_scaled(layer).split(sizes_G.tolist()) for layer in layers]
+    own_NG = torch.nn.functional.one_hot(torch.arange(len(sizes_G)).repeat_interleave(sizes_G)).bool()
+    sums_LGD = [torch.stack([part.double().sum(0) for part in layer]) for layer in parts]
+    row_LNG = torch.stack([torch.cat(p).double() @ s.T for p, s in zip(parts, sums_LGD, strict=True)])
+    block_LGG = torch.stack([(s @ s.T).fill_diagonal_(0.0) for s in sums_LGD])
+    return _Side(parts, row_LNG.masked_fill(own_NG, 0.0), block_LGG)
+
+
+def _scaled(layer: Tensor) -> Tensor:
+    centred = layer.float() - layer.double().mean(0).float()
+    return centred / (float(centred.double().square().mean().sqrt()) or 1.0)
+
+
+def _jackknifed(x: _Side, y: _Side, sizes_G: Tensor) -> Array:
+    """HSIC without each group in turn, and over all groups: [G + 1, L, M]."""
+    pairs = _pairs(x, y)
+    return np.array([_hsic(x, y, pairs, sizes_G, left_out) for left_out in [*range(len(sizes_G)), None]])
+
+
+def _diagonals(hsic_KLL: Array) -> Array:
+    return np.diagonal(hsic_KLL, axis1=1, axis2=2)
+
+
+def _pairs(x: _Side, y: _Side) -> dict[tuple[int, int], Tensor]:
+    """Σ k(a, b) l(a, b) over the rows of each pair of groups, [L, M]."""
+    groups = x.row_LNG.shape[2]
+    found = {}
+    for a in range(groups):
+        for b in range(a + 1, groups):
+            grams_x = _grams(x.parts, a, b)
+            grams_y = grams_x if x is y else _grams(y.parts, a, b)
+            found[a, b] = (grams_x @ grams_y.T).double()
+    return found
+
+
+def _grams(parts: Sequence[tuple[Tensor, ...]], a: int, b: int) -> Tensor:
     """The Gram blocks between groups a and b, flattened: [L, m_a * m_b]."""
-    return torch.stack([(left @ right.T).flatten() for left, right in zip(parts[a], parts[b], strict=True)])
+    return torch.stack([(layer[a] @ layer[b].T).flatten() for layer in parts])
+
+
+def _hsic(
+    x: _Side,
+    y: _Side,
+    pairs: dict[tuple[int, int], Tensor],
+    sizes_G: Tensor,
+    left_out: int | None,
+) -> Array:
+    """The three sums over rows of different groups, each divided by how many there are, [L, M]."""
+    stay = torch.tensor([group for group in range(len(sizes_G)) if group != left_out])
+    rows = torch.isin(torch.arange(len(sizes_G)).repeat_interleave(sizes_G), stay)
+    k_LNG, l_MNG = x.row_LNG[:, rows][:, :, stay], y.row_LNG[:, rows][:, :, stay]
+    k_LGG, l_MGG = (side.block_LGG[:, stay][:, :, stay] for side in (x, y))
+    two = 2 * torch.stack([value for pair, value in pairs.items() if left_out not in pair]).sum(0)
+    three = k_LNG.sum(2) @ l_MNG.sum(2).T - k_LNG.flatten(1) @ l_MNG.flatten(1).T
+    four = (
+        torch.outer(k_LGG.sum((1, 2)), l_MGG.sum((1, 2)))
+        - 4 * k_LGG.sum(2) @ l_MGG.sum(2).T
+        + 2 * k_LGG.flatten(1) @ l_MGG.flatten(1).T
+    )
+    n2, n3, n4 = _tuples(sizes_G[stay])
+    return (two / n2 - 2 * three / n3 + four / n4).numpy()
+
+
+def _tuples(sizes_G: Tensor) -> tuple[float, float, float]:
+    """How many ordered pairs, triples and quadruples of rows there are with every row in another group."""
+    p1, p2, p3, p4 = (float((sizes_G.double() ** power).sum()) for power in (1, 2, 3, 4))
+    return (
+        p1**2 - p2,
+        p1**3 - 3 * p1 * p2 + 2 * p3,
+        p1**4 - 6 * p1**2 * p2 + 3 * p2**2 + 8 * p1 * p3 - 6 * p4,
+    )

@@ -15,6 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from recoup.schemas import DamageReport
+from recoup_ml import models
 from recoup_ml.errors import IncompatibleModels
 from recoup_ml.weights import BLOCK, Weights, block_of
 
@@ -43,7 +44,7 @@ def inspect(student: Path, teacher: Path) -> DamageReport:
     Raises:
         IncompatibleModels: no tensor of the student has its like in the teacher.
     """
-    depths = _depth(student), _depth(teacher)
+    depths = models.depth(student), models.depth(teacher)
     layer_map = _layer_map(student, teacher, depths)
     marks = list(_compare(Weights(student), Weights(teacher), dict(layer_map)))
     if not marks:
@@ -122,6 +123,10 @@ def _layer_map(student: Path, teacher: Path, depths: tuple[int, int]) -> list[tu
     if depths[0] == depths[1]:
         return [(layer, layer) for layer in range(depths[0])]
     mine, theirs = _first_matrices(student, depths[0]), _first_matrices(teacher, depths[1])
+    if mine[0].shape != theirs[0].shape:
+        raise IncompatibleModels(
+            "The student is both shallower and narrower: its layers cannot be told apart."
+        )
     spare, place, pairs = depths[1] - depths[0], 0, []
     for layer, weight in enumerate(mine):
         choices = range(place, layer + spare + 1)
@@ -143,11 +148,6 @@ def _first_matrices(folder: Path, depth: int) -> list[Tensor]:
 
 def _renumbered(name: str, layer: int) -> str:
     return BLOCK.sub(lambda found: found[0].replace(found[1], str(layer)), name, count=1)
-
-
-def _depth(folder: Path) -> int:
-    config = json.loads((folder / "config.json").read_text())
-    return int(config.get("text_config", config).get("num_hidden_layers", config.get("n_layer", 0)))
 
 
 def _quantization_method(folder: Path) -> str | None:
@@ -174,12 +174,12 @@ def _evidence(
 ) -> list[str]:
     found = [f"The weights lie {distance:.2%} of the teacher's norm away from it."]
     if zeros:
-        found.append(f"{zeros:.1%} of the linear weights are exactly zero, in a {pattern} pattern.")
+        found.append(f"{zeros:.1%} of the linear weights are exactly zero ({pattern}).")
     if missing:
         found.append(f"{missing} of the teacher's decoder layers are missing.")
     if method:
         found.append(f"The config names the quantization method {method}.")
-    if levels[0] <= FEW_LEVELS and levels[0] < levels[1]:
+    if levels[0] <= FEW_LEVELS and levels[0] < levels[1] and not zeros:
         found.append(
             f"{WINDOW} neighbouring weights take {levels[0]:.0f} distinct values, "
             f"{levels[1]:.0f} in the teacher."

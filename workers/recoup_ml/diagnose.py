@@ -5,35 +5,38 @@ teacher is also rounded to bfloat16 and back, which gives the floor of the diver
 the ceiling of the alignment: no student can be asked to come closer than that.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recoup.schemas import Splits
 from recoup_ml import damage, models, results, verdict
-from recoup_ml.alignment import Positions, choose_positions
-from recoup_ml.errors import EmptyDataset
+from recoup_ml.alignment import GROUPS, Positions, choose_positions
+from recoup_ml.errors import EmptyDataset, NonFiniteWeights, TeacherMismatch
 from recoup_ml.generate import Engine, LocalEngine, VllmEngine, usable
 from recoup_ml.observation import Observation, observe, save_states
 from recoup_ml.probe import Probe, make_probe
 from recoup_ml.results import Behaviour, Diagnosis
 from recoup_ml.run import Counter, Done, Journal, Run
-from recoup_ml.scores import Scores, compare
+from recoup_ml.scores import Scores, compare, greedy_share
 from recoup_ml.sequences import Answered, Encoded, encode, read_jsonl, write_jsonl
 from recoup_ml.splits import Split, prompts_sha256, split
 
-MIN_TEST = 8
+MIN_TEST = GROUPS
+"""Every group of sequences that alignment is estimated from needs one."""
+MIN_GREEDY = 0.9
+"""Share of a server's greedy tokens that must be the teacher's own; rounding and ties cost a few."""
 
 
 def diagnose(run: Run, journal: Journal, _done: Done, folder: Path) -> None:
     """Fills `folder` with the diagnosis, the test answers and the states that alignment compares."""
     tokenizer = models.load_tokenizer(run.teacher)
     parts = split_prompts(run)
-    prompts = encode(parts.test, tokenizer, run.request.training.max_length)
+    prompts = encode(parts.test, tokenizer, run.prompt_tokens)
     if len(prompts) < MIN_TEST:
         raise EmptyDataset(f"{len(prompts)} test prompts are left; at least {MIN_TEST} are needed.")
     probe = make_probe(run, prompts, tokenizer)
@@ -43,12 +46,14 @@ def diagnose(run: Run, journal: Journal, _done: Done, folder: Path) -> None:
     models.release()
     student = models.load(run.student)
     before, states = sit(student, exam, probe, counter)
+    if not math.isfinite(before.scores.mean_kl):
+        raise NonFiniteWeights(f"{run.student.name} computes NaN or infinity on test prompts.")
     save_states(folder / "before-states.safetensors", states)
     results.write(
         folder / "diagnosis.json",
         Diagnosis(
             damage=found,
-            splits=_splits(parts, len(exam.test), too_long=len(parts.test) - len(prompts)),
+            splits=_splits(parts, len(exam.test), tokenizer, run.prompt_tokens),
             needed=not verdict.not_needed(before.scores.mean_kl, floor.mean_kl),
             teacher=teacher,
             floor=floor,
@@ -105,12 +110,15 @@ def _examine_teacher(
     model = models.load(run.teacher)
     speaker = engine(run, model, probe.tokenizer)
     asked = speaker.answer(prompts, run.request.generation.max_new_tokens, counter.part(len(prompts)))
-    write_jsonl(folder / "test.jsonl", usable(asked))
+    test = usable(asked)
+    if len(test) < MIN_TEST:
+        raise EmptyDataset(f"The teacher answered {len(test)} test prompts; at least {MIN_TEST} are needed.")
+    write_jsonl(folder / "test.jsonl", test)
     exam = _observe_teacher(run, model, probe.tokenizer, folder, counter)
     behaviour = probe.behaviour(
         model, compare(exam.teacher, exam.teacher, exam.test), counter.part(probe.answers)
     )
-    model.to(torch.bfloat16).to(exam.teacher.head.weight_VD.dtype)
+    models.round_to_bfloat16(model)
     rounded = observe(model, exam.test, exam.pad_id, exam.positions, counter.part(len(exam.test)))
     save_states(folder / "ceiling-states.safetensors", rounded.states)
     return exam, behaviour, compare(exam.teacher, rounded, exam.test)
@@ -122,18 +130,26 @@ def _observe_teacher(
     test = read_jsonl(folder / "test.jsonl")
     positions = choose_positions(test, run.request.alignment.positions, run.request.seed)
     seen = observe(model, test, models.pad_id(tokenizer), positions, counter.part(len(test)))
+    if run.vllm_url and greedy_share(seen, test) < MIN_GREEDY:
+        raise TeacherMismatch(
+            f"The server at {run.vllm_url} does not answer as {run.teacher.name} would: it serves another "
+            "model, or another revision. Check what RECOUP_VLLM_URLS points to."
+        )
     seen.save(folder / "teacher.safetensors")
     save_states(folder / "teacher-states.safetensors", seen.states)
     return Exam.load(folder, run, tokenizer)
 
 
-def _splits(parts: Split, test: int, too_long: int) -> Splits:
+def _splits(parts: Split, test: int, tokenizer: PreTrainedTokenizerBase, room: int) -> Splits:
+    """How many prompts each part has left when those without room for an answer are dropped."""
+    whole = parts.train, parts.validation, parts.test
+    train, validation, tested = (len(encode(part, tokenizer, room)) for part in whole)
     return Splits(
-        train=len(parts.train),
-        validation=len(parts.validation),
+        train=train,
+        validation=validation,
         test=test,
         test_kinds=list(parts.test_kinds),
         duplicates_dropped=parts.duplicates_dropped,
-        too_long_dropped=too_long,
+        too_long_dropped=sum(map(len, whole)) - train - validation - tested,
         prompts_sha256=prompts_sha256([*parts.train, *parts.validation, *parts.test]),
     )

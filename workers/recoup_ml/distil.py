@@ -93,7 +93,7 @@ class Trainee:
     """The student itself; layers of an adapter stand inside it."""
     peft: PeftModel | None
     masks: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
-    """Pruned weights and where they may differ from zero."""
+    """Matrices of a pruned student, and where they are zero and stay so."""
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -105,7 +105,7 @@ class Trainee:
     def restore_zeros(self) -> None:
         with torch.no_grad():
             for weight, mask in self.masks:
-                weight.mul_(mask)
+                weight.masked_fill_(mask, 0.0)
 
 
 def train(
@@ -155,7 +155,7 @@ def train(
         trainable_parameters=sum(parameter.numel() for parameter in trainee.parameters),
         keep_answers=sum(len(lesson.answers) for lesson in lessons[1:]),
         tokens=tokens,
-        masked_weights=sum(int((~mask).sum()) for _, mask in trainee.masks),
+        masked_weights=sum(int(mask.sum()) for _, mask in trainee.masks),
         diverged=len(curve) < plan.steps or not best.exists(),
         curve=curve,
         checkpoints=checkpoints,
@@ -177,8 +177,8 @@ def prepare(student: PreTrainedModel, plan: Plan) -> Trainee:
     student.requires_grad_(True)
     masks = []
     if plan.keep_zeros:
-        linear = [m for m in decoder_blocks(student).modules() if isinstance(m, nn.Linear)]
-        masks = [(module.weight, module.weight.detach() != 0) for module in linear]
+        matrices = [weight for weight in decoder_blocks(student).parameters() if weight.dim() >= 2]
+        masks = [(weight, weight.detach() == 0) for weight in matrices]
     return Trainee(student, None, masks)
 
 
@@ -218,6 +218,9 @@ def _tokens(lessons: Sequence[Lesson], chosen: Sequence[list[int]]) -> int:
 
 
 def _descend(trainee: Trainee, optimizer: torch.optim.Optimizer) -> None:
+    for weight, mask in trainee.masks:
+        if weight.grad is not None:
+            weight.grad.masked_fill_(mask, 0.0)
     nn.utils.clip_grad_norm_(trainee.parameters, MAX_GRADIENT_NORM)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

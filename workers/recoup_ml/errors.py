@@ -5,14 +5,17 @@ RecoveryError            anything below; `.code` goes into the job's error
 ├── IncompatibleModels   student and teacher cannot be compared token by token
 ├── EmptyDataset         nothing to train or to measure on
 ├── TeacherUnavailable   the teacher's server does not answer, or answers nonsense
+├── TeacherMismatch      the server answers with another model than the teacher
 ├── TeacherTruncated     the teacher gave no usable answer
-├── NonFiniteWeights     a model holds NaN or infinity
+├── NonFiniteWeights     a model holds NaN or infinity, or computes it
 └── UnsupportedRequest   a combination that would break a promise (zeros filled by a merged adapter)
 """
 
 
 class RecoveryError(Exception):
     code = "recovery_error"
+    may_pass = False
+    """Whether the same recovery may succeed when it is tried again."""
 
 
 class UnsupportedModel(RecoveryError):
@@ -29,6 +32,11 @@ class EmptyDataset(RecoveryError):
 
 class TeacherUnavailable(RecoveryError):
     code = "teacher_unavailable"
+    may_pass = True
+
+
+class TeacherMismatch(RecoveryError):
+    code = "teacher_mismatch"
 
 
 class TeacherTruncated(RecoveryError):

@@ -25,7 +25,7 @@ def evaluate(run: Run, journal: Journal, done: Done, folder: Path) -> None:
     tokenizer = models.load_tokenizer(run.teacher)
     diagnosis = diagnose.read(done)
     exam = Exam.load(done["diagnose"], run, tokenizer)
-    prompts = encode(diagnose.split_prompts(run).test, tokenizer, run.request.training.max_length)
+    prompts = encode(diagnose.split_prompts(run).test, tokenizer, run.prompt_tokens)
     probe = make_probe(run, prompts, tokenizer)
     counter = Counter(journal, len(exam.test) + probe.answers, "sequences")
     after, states = None, None

@@ -55,6 +55,7 @@ class LocalEngine:
             temperature=None,
             top_p=None,
             top_k=None,
+            repetition_penalty=1.0,
             eos_token_id=self._end_ids,
             pad_token_id=pad_id(self._tokenizer),
         )
@@ -86,7 +87,7 @@ class VllmEngine:
         return answers
 
     def _served_model(self) -> str:
-        served = self._request("GET", "/v1/models", None)["data"]
+        served = self._request("GET", "/v1/models", None).get("data")
         if not served:
             raise TeacherUnavailable(f"The server at {self._client.base_url} serves no model.")
         return str(served[0]["id"])
@@ -97,11 +98,17 @@ class VllmEngine:
             "prompt": [list(prompt.ids) for prompt in prompts],
             "max_tokens": max_new_tokens,
             "temperature": 0.0,
+            "repetition_penalty": 1.0,
             "return_token_ids": True,
         }
-        choices = sorted(self._request("POST", "/v1/completions", body)["choices"], key=lambda c: c["index"])
-        if len(choices) != len(prompts):
-            raise TeacherUnavailable(f"Asked the teacher {len(prompts)} prompts, got {len(choices)} answers.")
+        answer = self._request("POST", "/v1/completions", body)
+        choices = sorted(answer.get("choices", []), key=lambda choice: choice["index"])
+        indices = [choice["index"] for choice in choices]
+        if indices != [*range(len(prompts))] or not all("token_ids" in choice for choice in choices):
+            raise TeacherUnavailable(
+                f"Asked the teacher at {self._client.base_url} {len(prompts)} prompts and got "
+                f"{len(choices)} answers; each must come with its token ids, as vLLM gives them."
+            )
         return [self._answered(prompt, choice) for prompt, choice in zip(prompts, choices, strict=True)]
 
     def _answered(self, prompt: Encoded, choice: dict[str, Any]) -> Answered:
@@ -112,12 +119,12 @@ class VllmEngine:
     def _request(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         try:
             response = self._client.request(method, path, json=body).raise_for_status()
-        except httpx2.HTTPError as error:
+            return dict(response.json())
+        except (httpx2.HTTPError, ValueError) as error:
             raise TeacherUnavailable(
                 f"The teacher at {self._client.base_url} does not answer {path}: {error}. "
                 "Check RECOUP_VLLM_URLS and the server's log."
             ) from error
-        return dict(response.json())
 
 
 def usable(answers: Sequence[Answered]) -> list[Answered]:

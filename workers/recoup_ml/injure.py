@@ -72,7 +72,8 @@ def cut_smallest(weight: Tensor, share: float) -> Tensor:
 
 def round_trip(teacher: Path, student: Path) -> None:
     """The teacher through bfloat16 and back: no damage at all."""
-    model = models.load(teacher).to(torch.bfloat16).float()
+    model = models.load(teacher)
+    models.round_to_bfloat16(model)
     _save(model, teacher, student)
 
 

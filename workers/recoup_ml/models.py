@@ -99,6 +99,13 @@ def head(model: PreTrainedModel) -> Head:
     return Head(linear.weight, getattr(linear, "bias", None), softcap)
 
 
+@torch.no_grad()
+def round_to_bfloat16(model: PreTrainedModel) -> None:
+    """Rounds every weight as a bfloat16 checkpoint would; buffers (rotary frequencies) stay exact."""
+    for parameter in model.parameters():
+        parameter.copy_(parameter.bfloat16())
+
+
 def release() -> None:
     """Gives memory back after a model was let go."""
     gc.collect()

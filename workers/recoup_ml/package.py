@@ -5,6 +5,7 @@ alignment as data and pictures, the teacher's answers, and a card. A student tha
 get better gets its report and no weights.
 """
 
+import json
 import shutil
 from pathlib import Path
 
@@ -62,6 +63,8 @@ def _write_weights(run: Run, done: Done, folder: Path) -> None:
         merged.save_pretrained(folder)
     else:
         shutil.copytree(best, folder, dirs_exist_ok=True)
+    if plan.output == "adapter":
+        _name_base(folder / "adapter_config.json", run.request.student.source)
     for name in TOKENIZER_FILES:
         if (run.student / name).exists():
             shutil.copy(run.student / name, folder / name)
@@ -69,6 +72,13 @@ def _write_weights(run: Run, done: Done, folder: Path) -> None:
         raise RecoveryError(
             f"{filled} of the student's pruned weights are no longer zero; nothing is published."
         )
+
+
+def _name_base(config: Path, source: str) -> None:
+    """PEFT writes down the folder that the student was loaded from here; a user knows it by its source."""
+    config.write_text(
+        json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": source}, indent=2)
+    )
 
 
 def _write_card(run: Run, done: Done, report: Report, folder: Path) -> None:

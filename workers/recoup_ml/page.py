@@ -15,7 +15,7 @@ from typing import Final
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from recoup.schemas import Estimate, Gate, Outcome, Report
+from recoup.schemas import Estimate, Outcome, Report
 from recoup_ml import plots
 
 
@@ -41,18 +41,14 @@ VERDICTS: Final[dict[Outcome, Verdict]] = {
 }
 
 
-def html_page(report: Report, gate: Gate | None = None) -> str:
-    """One self-contained page; the same report gives the same bytes.
-
-    Args:
-        gate: the gate of the request; without it the bar of the recovered fraction has no gate mark.
-    """
+def html_page(report: Report) -> str:
+    """One self-contained page; the same report gives the same bytes."""
     return (
         _environment()
         .get_template("page.html.jinja")
         .render(
             report=report,
-            gate=gate,
+            gate=report.gate,
             verdict=VERDICTS[report.outcome],
             primary=next((measure for measure in report.measures if measure.name == "kl"), None),
             loss_svg=_inline(plots.loss_curve(report.training)) if report.training else None,

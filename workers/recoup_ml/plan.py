@@ -33,7 +33,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Recipe:
-    """What a kind of damage was seen to need, on SmolLM2-135M (docs/results.md)."""
+    """What a kind of damage was seen to need, on SmolLM2-135M (docs/02-results.md)."""
 
     steps: int
     lora_rate: float
@@ -96,7 +96,7 @@ def _kind(request: CreateRecovery, damage: DamageReport) -> Choice:
 def _mode(request: CreateRecovery, keep_zeros: bool) -> Choice:
     if request.training.mode != "auto":
         return Choice(name="mode", value=request.training.mode, why="as requested")
-    if keep_zeros:
+    if keep_zeros and request.output.kind != "adapter":
         return Choice(
             name="mode", value="full", why="a plain adapter would fill the pruned zeros when merged"
         )
@@ -108,10 +108,6 @@ def _mode(request: CreateRecovery, keep_zeros: bool) -> Choice:
 def _output(request: CreateRecovery, mode: str, keep_zeros: bool) -> Choice:
     kind = request.output.kind
     if mode == "full":
-        if kind == "adapter":
-            raise UnsupportedRequest(
-                "Full fine-tuning gives a whole model; ask for output.kind merged or auto."
-            )
         return Choice(name="output", value="merged", why="full fine-tuning gives a whole model")
     if kind == "merged" and keep_zeros:
         raise UnsupportedRequest(

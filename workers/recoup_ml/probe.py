@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recoup_ml import scores
+from recoup_ml.errors import EmptyDataset
 from recoup_ml.generate import LocalEngine
 from recoup_ml.natural_text import python_documentation
 from recoup_ml.results import Behaviour
@@ -50,11 +51,14 @@ class Probe:
 
 def make_probe(run: Run, test: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase) -> Probe:
     """`test` are the test prompts in their order; samples are taken from all over them."""
-    keep = encode(split_keep(run.keep, KEPT)[1], tokenizer, run.request.training.max_length)
+    keep = encode(split_keep(run.keep, KEPT)[1], tokenizer, run.prompt_tokens)
     texts = run.natural_text or python_documentation()
+    windows = scores.text_windows(texts, tokenizer, WINDOW_TOKENS, WINDOWS)
+    if not windows:
+        raise EmptyDataset(f"evaluation.natural_text holds fewer than {WINDOW_TOKENS} tokens.")
     return Probe(
         samples=list(test[:: max(1, len(test) // SAMPLES)])[:SAMPLES],
-        windows=scores.text_windows(texts, tokenizer, WINDOW_TOKENS, WINDOWS),
+        windows=windows,
         keep=keep,
         tokenizer=tokenizer,
         sample_tokens=run.request.generation.max_new_tokens,

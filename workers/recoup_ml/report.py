@@ -60,8 +60,8 @@ def _cost(journal: Journal, done: Done, diagnosis: Diagnosis, training: Training
 
 
 def _generated(folder: Path) -> int:
-    parts = ("train", "validation")
-    return sum(len(answer.answer_ids) for part in parts for answer in read_jsonl(folder / f"{part}.jsonl"))
+    parts = folder.glob("*.jsonl")
+    return sum(len(answer.answer_ids) for part in parts for answer in read_jsonl(part))
 
 
 def _peak_memory() -> int:

@@ -23,6 +23,11 @@ class Run:
     vllm_url: str | None
     """A server that answers for the teacher; none: the teacher answers in this process."""
 
+    @property
+    def prompt_tokens(self) -> int:
+        """The longest prompt that leaves room for an answer within `training.max_length`."""
+        return self.request.training.max_length - self.request.generation.max_new_tokens
+
 
 Done = Mapping[Stage, Path]
 """The folders of the stages that are committed."""

@@ -52,11 +52,12 @@ class Window:
 @torch.inference_mode()
 def compare(teacher: Observation, model: Observation, sequences: Sequence[Answered]) -> Scores:
     """Scores `model` against `teacher`, both observed on the same `sequences`."""
+    teacher_head = teacher.head.like(model.head.weight_VD)
     kl, agreement, nll = [], [], []
     for row, sequence in enumerate(sequences):
         targets_N = torch.tensor(sequence.answer_ids)
         values = [
-            _compare(t_ND, teacher.head, m_ND, model.head, part_N)
+            _compare(t_ND, teacher_head, m_ND, model.head, part_N)
             for t_ND, m_ND, part_N in zip(
                 teacher.hidden[row].split(CHUNK),
                 model.hidden[row].split(CHUNK),
@@ -68,6 +69,17 @@ def compare(teacher: Observation, model: Observation, sequences: Sequence[Answer
         agreement.append(sum(agree for _, agree, _ in values))
         nll.append(math.fsum(cost for _, _, cost in values))
     return Scores(kl, agreement, nll)
+
+
+@torch.inference_mode()
+def greedy_share(model: Observation, sequences: Sequence[Answered]) -> float:
+    """The share of all answer tokens that `model` itself holds to be the likeliest."""
+    same = tokens = 0
+    for hidden_ND, sequence in zip(model.hidden, sequences, strict=True):
+        likeliest_N = model.head(hidden_ND.to(model.head.weight_VD)).argmax(-1).cpu()
+        same += int((likeliest_N == torch.tensor(sequence.answer_ids)).sum())
+        tokens += len(sequence.answer_ids)
+    return same / tokens
 
 
 def _compare(

@@ -69,10 +69,10 @@ class Batch:
         return Batch(self.rows, *move)
 
 
-def encode(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Encoded]:
-    """Prompts as token ids by the chat template (as plain text without one); too long ones are dropped."""
+def encode(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, most: int) -> list[Encoded]:
+    """Prompts as token ids by the chat template, or as plain text; longer ones than `most` are dropped."""
     encoded = (Encoded(prompt, tuple(_ids(prompt, tokenizer))) for prompt in prompts)
-    return [item for item in encoded if len(item.ids) < max_length]
+    return [item for item in encoded if len(item.ids) <= most]
 
 
 def _ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from recoup.schemas import Prompt
 
 TEST_SHARE, VALIDATION_SHARE = 0.20, 0.12
+MOST_HELD = 0.4
+"""A kind that would take more than this from training is not held out."""
 MIN_KINDS = 4
 
 
@@ -28,8 +30,7 @@ class Split:
 
 def split(prompts: Sequence[Prompt], test: int, validation: int) -> Split:
     """Divides prompts into train, validation and test; at most `test` and `validation` prompts in those."""
-    unique = {_key(prompt): prompt for prompt in prompts}
-    ordered = [unique[key] for key in sorted(unique)]
+    ordered = _unique(prompts)
     kinds = held_out_kinds(ordered)
     candidates = [prompt for prompt in ordered if prompt.kind in kinds] if kinds else ordered
     share = len(candidates) if kinds else max(1, round(TEST_SHARE * len(ordered)))
@@ -41,14 +42,13 @@ def split(prompts: Sequence[Prompt], test: int, validation: int) -> Split:
         validation=tuple(rest[:chosen]),
         test=tuple(tested),
         test_kinds=tuple(sorted(kinds)),
-        duplicates_dropped=len(prompts) - len(unique),
+        duplicates_dropped=len(prompts) - len(ordered),
     )
 
 
 def split_keep(prompts: Sequence[Prompt], test: int) -> tuple[list[Prompt], list[Prompt]]:
     """The prompts of `keep` as (train, test), by hash: at most half of them, at most `test`, are tested."""
-    unique = {_key(prompt): prompt for prompt in prompts}
-    ordered = [unique[key] for key in sorted(unique)]
+    ordered = _unique(prompts)
     tested = min(test, (len(ordered) + 1) // 2)
     return ordered[tested:], ordered[:tested]
 
@@ -67,15 +67,22 @@ def held_out_kinds(prompts: Sequence[Prompt]) -> frozenset[str]:
         return frozenset()
     held: set[str] = set()
     for kind in sorted(counts, key=lambda name: hashlib.sha256(name.encode()).digest()):
-        if sum(counts[name] for name in held) >= TEST_SHARE * len(prompts):
-            break
-        held.add(kind)
+        size = sum(counts[name] for name in held)
+        if size < TEST_SHARE * len(prompts) and size + counts[kind] <= MOST_HELD * len(prompts):
+            held.add(kind)
     return frozenset(held)
 
 
 def prompts_sha256(prompts: Sequence[Prompt]) -> str:
     """A fingerprint of a set of prompts, whatever their order."""
     return hashlib.sha256("".join(sorted(_key(prompt) for prompt in prompts)).encode()).hexdigest()
+
+
+def _unique(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Each prompt once, in the order of its hash; of twins the same one, whatever order they came in."""
+    twins = sorted(prompts, key=lambda prompt: prompt.model_dump_json())
+    unique = {_key(prompt): prompt for prompt in twins}
+    return [unique[key] for key in sorted(unique)]
 
 
 def _key(prompt: Prompt) -> str:

@@ -94,8 +94,10 @@ def measure(paired: Paired, gate: Gate, seed: int) -> Measure:
 def outcome(primary: Measure, measures: Sequence[Measure], gate: Gate) -> tuple[Outcome, str]:
     """The verdict on a trained student, and why, in one sentence."""
     r = primary.recovered
-    if r is None or r.low is None or r.high is None:
+    if primary.after is None:
         return "regressed", "No trained checkpoint gave finite numbers: training diverged."
+    if r is None or r.low is None or r.high is None:
+        return "no_gain", "A paired test finds no distance to the teacher that could be won back."
     found = f"{r.value:.0%} of the KL gap was recovered, 95 % interval {r.low:.0%} to {r.high:.0%}"
     worse = [item for item in measures if item.worse]
     if r.high < 0:
@@ -103,11 +105,15 @@ def outcome(primary: Measure, measures: Sequence[Measure], gate: Gate) -> tuple[
     if worse:
         names = ", ".join(f"{item.label} ({item.before:.3g} → {item.after:.3g})" for item in worse)
         return "regressed", f"{found}, but a guarded measure got worse: {names}."
-    if r.low <= 0:
+    return _gain(r.low, gate, found)
+
+
+def _gain(low: float, gate: Gate, found: str) -> tuple[Outcome, str]:
+    if low <= 0:
         return "no_gain", f"{found}; it contains zero."
-    if r.low >= gate.min_recovered:
-        return "recovered", f"{found}; the lower bound reaches the gate of {gate.min_recovered:.0%}."
-    return "partial", f"{found}; the lower bound is below the gate of {gate.min_recovered:.0%}."
+    if low < gate.min_recovered:
+        return "partial", f"{found}; the lower bound is below the gate of {gate.min_recovered:.0%}."
+    return "recovered", f"{found}; the lower bound reaches the gate of {gate.min_recovered:.0%}."
 
 
 def _bootstrap(paired: Paired, seed: int) -> dict[str, Array]:

@@ -42,7 +42,9 @@ def run_claimed(claim: Claim, ledger: Ledger, settings: Settings) -> None:
         _recover(claim, ledger, settings)
     except StaleClaim:
         raise
-    except (RecoveryError, RecoupError) as error:
+    except RecoveryError as error:
+        ledger.fail(claim, error.code, str(error), retry=error.may_pass)
+    except RecoupError as error:
         ledger.fail(claim, error.code, str(error), retry=False)
     except Exception as error:
         traceback.print_exc()
@@ -53,11 +55,11 @@ def _recover(claim: Claim, ledger: Ledger, settings: Settings) -> None:
     from recoup_ml.recipe import recover
 
     journal = LedgerJournal(ledger, claim, settings)
+    journal.stage("preflight", lambda _folder: preflight(claim.request, ledger, settings) and None)
     folders = preflight(claim.request, ledger, settings)
-    journal.stage("preflight", lambda _folder: None)
     outcome = recover(_run(claim, folders, ledger, settings), journal)
-    _clear_work(settings.stage_folder(ledger.committed(claim.job_id)["package"]), settings, claim)
     ledger.succeed(claim, outcome)
+    _clear_work(settings.stage_folder(ledger.committed(claim.job_id)["package"]), settings, claim)
 
 
 def _run(claim: Claim, folders: ModelFolders, ledger: Ledger, settings: Settings) -> "Run":

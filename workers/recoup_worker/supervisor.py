@@ -21,6 +21,7 @@ from recoup_jobs.settings import Settings
 
 POLL_SECONDS, MOST_RENEW_SECONDS = 0.2, 2.0
 Ending = Literal["lost", "cancel", "released", "deadline", "exited"]
+RUNNER_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 NOT_FOR_RUNNERS = frozenset({"RECOUP_API_KEY"})
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ def start_runner(claim: Claim, settings: Settings) -> subprocess.Popen[bytes]:
     with (folder / "runner.log").open("ab") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "recoup_worker.runner", claim.job_id, str(claim.epoch)],
-            env=environment | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+            env=environment | RUNNER_ENVIRONMENT,
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=output,

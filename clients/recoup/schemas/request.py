@@ -6,7 +6,7 @@ value that passed here needs no second look at its type further down.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag, model_validator
 
 Damage = Literal["finetuning", "quantization", "pruning"]
 
@@ -17,6 +17,7 @@ Source = Annotated[
 FileId = Annotated[str, StringConstraints(pattern=r"^file-[0-9a-f]{24}$")]
 MetadataKey = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[^\x00]*$")]
 MetadataValue = Annotated[str, StringConstraints(max_length=512, pattern=r"^[^\x00]*$")]
+LayerName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.\-]{1,64}$")]
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._\-]{0,63}$")]
 
 
@@ -60,7 +61,7 @@ class MethodSpec(Input):
 class LoraSpec(Input):
     rank: Annotated[int, Field(ge=1, le=512)] = 16
     alpha: Annotated[int, Field(ge=1, le=2048)] = 32
-    targets: Literal["auto"] | Annotated[list[Name], Field(min_length=1, max_length=32)] = "auto"
+    targets: Literal["auto"] | Annotated[list[LayerName], Field(min_length=1, max_length=32)] = "auto"
     """Names of the linear layers that get an adapter; `auto`: all of attention and MLP."""
 
 
@@ -72,7 +73,7 @@ class TrainingSpec(Input):
     batch_size: Literal["auto"] | Annotated[int, Field(ge=1, le=4096)] = "auto"
     """Sequences an optimizer step."""
     max_length: Annotated[int, Field(ge=16, le=32_768)] = 1024
-    """Tokens a sequence, prompt and answer together; a longer prompt is dropped and counted."""
+    """Tokens a sequence, prompt and answer together; a prompt that leaves too little room is dropped."""
 
 
 class GenerationSpec(Input):
@@ -133,3 +134,11 @@ class CreateRecovery(Input):
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] = {}
     limits: Limits = Limits()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "CreateRecovery":
+        if self.generation.max_new_tokens >= self.training.max_length:
+            raise ValueError("generation.max_new_tokens must be less than training.max_length")
+        if self.training.mode == "full" and self.output.kind == "adapter":
+            raise ValueError("training.mode full gives a whole model, so output.kind cannot be adapter")
+        return self

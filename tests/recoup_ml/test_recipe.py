@@ -1,0 +1,417 @@
+"""Whole recoveries of a tiny model: every outcome, what is handed over, and what a crash costs."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from recoup.schemas import Alignment, ChatRow, Message, Outcome, Prompt, Report
+from recoup_ml import models
+from recoup_ml.errors import EmptyDataset, RecoveryError
+from recoup_ml.generate import LocalEngine
+from recoup_ml.recipe import recover
+from recoup_ml.run import Run
+from recoup_ml.sequences import Encoded, encode
+from recoup_ml.tickets import ticket_rows
+from recoup_ml.weights import Weights, block_of
+
+Student = Callable[[str], Path]
+STAGES = ["diagnose", "generate", "distil", "evaluate", "package"]
+REPORT_FILES = {"report.json", "report.html", "alignment.json", "alignment.svg", "alignment.png"}
+LENIENT = {"evaluation": {"test_sequences": 32, "validation_sequences": 8, "gate": {"max_regression": 1.0}}}
+
+
+@dataclass(frozen=True)
+class Finished:
+    run: Run
+    outcome: Outcome
+    journal: object
+    report: Report
+
+    def measure(self, name: str) -> object:
+        (found,) = [item for item in self.report.measures if item.name == name]
+        return found
+
+    @property
+    def weights(self) -> Path | None:
+        """The folder of published weights."""
+        folders = [self.journal.place / "artifacts" / name for name in ("adapter", "model")]
+        return next((folder for folder in folders if folder.exists()), None)
+
+
+@pytest.fixture(scope="module")
+def finish(
+    make_run: Callable[..., Run], open_journal: type, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Finished]:
+    """`finish("pruned", training={…})`: that recovery, from beginning to end."""
+
+    def run_to_the_end(damage: str, **request: object) -> Finished:
+        run = make_run(damage, **request)
+        return finished(run, open_journal(tmp_path_factory.mktemp(damage.replace(":", "-"))))
+
+    return run_to_the_end
+
+
+def finished(run: Run, journal: object) -> Finished:
+    outcome = recover(run, journal)
+    report = Report.model_validate_json(journal.published["report.json"].read_text())
+    return Finished(run, outcome, journal, report)
+
+
+def tickets(count: int) -> list[Prompt]:
+    return [ChatRow.model_validate(row).as_prompt() for row in ticket_rows(count, seed=77)]
+
+
+@pytest.fixture(scope="module")
+def forgetful(finish: Callable[..., Finished]) -> Finished:
+    """The recovery of a student that learnt tickets and forgot its tasks, its new skill to be kept."""
+    return finish("forgetful", keep=tickets(60), training={"steps": 40}, **LENIENT)
+
+
+@pytest.fixture(scope="module")
+def pruned(finish: Callable[..., Finished]) -> Finished:
+    return finish("pruned", training={"steps": 60, "learning_rate": 1e-3}, **LENIENT)
+
+
+@pytest.fixture(scope="module")
+def spared(finish: Callable[..., Finished]) -> Finished:
+    """The teacher against a copy of itself."""
+    return finish("copy")
+
+
+@pytest.fixture(scope="module")
+def absurd(finish: Callable[..., Finished]) -> Finished:
+    return finish("finetuned", training={"steps": 12, "mode": "full", "learning_rate": 10.0})
+
+
+@pytest.fixture(scope="module", params=["forgetful", "pruned", "spared", "absurd"])
+def any_recovery(request: pytest.FixtureRequest) -> Finished:
+    return request.getfixturevalue(request.param)
+
+
+@torch.inference_mode()
+def plain_kl(finished: Finished, student: PreTrainedModel) -> float:
+    """Mean token KL(teacher‖student) on the exam, by transformers' own forward passes."""
+    teacher = AutoModelForCausalLM.from_pretrained(finished.run.teacher)
+    total, tokens = 0.0, 0
+    for line in (finished.journal.place / "diagnose" / "test.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        ids = torch.tensor([row["prompt_ids"] + row["answer_ids"]])
+        places = slice(len(row["prompt_ids"]) - 1, -1)
+        log_p, log_q = (
+            model(input_ids=ids).logits[0, places].log_softmax(-1) for model in (teacher, student)
+        )
+        total += float((log_p.exp() * (log_p - log_q)).sum())
+        tokens += len(row["answer_ids"])
+    return total / tokens
+
+
+def test_a_forgetful_student_gets_its_ability_back(forgetful: Finished) -> None:
+    assert forgetful.outcome == "recovered"
+    assert forgetful.report.recovered.low >= 0.5
+    kl = forgetful.measure("kl")
+    assert kl.teacher < kl.after < kl.before / 2
+    agreement = forgetful.measure("agreement")
+    assert agreement.before < agreement.after < agreement.teacher == 1.0
+
+
+@pytest.mark.parametrize("damage", ["finetuned", "rounded", "shallow"])
+def test_every_damage_comes_to_an_outcome_of_training(damage: str, finish: Callable[..., Finished]) -> None:
+    found = finish(damage, **LENIENT)
+    assert found.outcome in {"recovered", "partial", "no_gain"}
+    assert found.journal.ran == STAGES
+    assert found.report.training.steps == 24
+    assert found.measure("kl").after is not None
+
+
+def test_a_student_without_a_layer_is_compared_with_the_layers_it_has_left(
+    finish: Callable[..., Finished],
+) -> None:
+    alignment = finish("shallow", training={"steps": 1}).report.alignment
+    assert alignment.layer_map == [(0, 0), (1, 1), (2, 2), (3, 4)]
+    assert (len(alignment.before.matrix), len(alignment.before.matrix[0])) == (4, 5)
+    assert alignment.before.diagonal[2].value == pytest.approx(1.0, abs=1e-5)
+    assert alignment.before.diagonal[3].value < 0.999
+
+
+@pytest.mark.parametrize("damage", ["copy", "round-trip"])
+def test_a_student_without_damage_is_spared_the_training(
+    damage: str, finish: Callable[..., Finished]
+) -> None:
+    found = finish(damage)
+    assert found.outcome == "not_needed"
+    assert found.journal.ran == ["diagnose", "evaluate", "package"]
+    assert found.journal.published.keys() == REPORT_FILES
+    assert found.report.training is None
+    assert found.measure("kl").after is None
+    assert found.report.alignment.after is None
+    assert "nothing to recover" in found.report.reason
+
+
+def test_the_floor_is_what_rounding_the_weights_to_bfloat16_costs(finish: Callable[..., Finished]) -> None:
+    """A student that is the rounded teacher stands exactly on the floor."""
+    kl = finish("round-trip").measure("kl")
+    assert kl.before == pytest.approx(kl.teacher, rel=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_an_absurd_learning_rate_publishes_a_report_and_no_weights(
+    mode: str, finish: Callable[..., Finished]
+) -> None:
+    found = finish("finetuned", training={"steps": 12, "mode": mode, "learning_rate": 10.0})
+    assert found.outcome in {"regressed", "no_gain"}
+    assert not found.report.promoted
+    assert found.weights is None
+    assert found.journal.published.keys() == REPORT_FILES | {"rewrites.jsonl"}
+
+
+def test_a_recovery_publishes_everything_it_can_show(forgetful: Finished) -> None:
+    published = forgetful.journal.published
+    assert published.keys() >= REPORT_FILES | {
+        "rewrites.jsonl",
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "adapter/tokenizer.json",
+        "adapter/chat_template.jinja",
+        "adapter/README.md",
+    }
+    assert published["alignment.png"].read_bytes().startswith(b"\x89PNG")
+    assert published["alignment.svg"].read_text().lstrip().startswith(("<svg", "<?xml"))
+    assert "<html" in published["report.html"].read_text()
+    assert (
+        Alignment.model_validate_json(published["alignment.json"].read_text()) == forgetful.report.alignment
+    )
+    rewrites = [json.loads(line) for line in published["rewrites.jsonl"].read_text().splitlines()]
+    assert len(rewrites) == forgetful.report.splits.train
+    assert all(row["answer"] for row in rewrites)
+
+
+def test_weights_are_published_exactly_where_the_outcome_promotes_them(any_recovery: Finished) -> None:
+    promoted = any_recovery.outcome in {"recovered", "partial"}
+    assert any_recovery.report.outcome == any_recovery.outcome
+    assert any_recovery.report.promoted == promoted
+    assert (any_recovery.weights is not None) == promoted
+
+
+def test_the_primary_measure_comes_first_and_is_the_recovered_fraction(any_recovery: Finished) -> None:
+    first = any_recovery.report.measures[0]
+    assert first.name == "kl"
+    assert any_recovery.report.recovered == first.recovered
+
+
+def test_a_report_holds_numbers_that_json_has(any_recovery: Finished) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    for name in ("report.json", "alignment.json"):
+        json.loads(any_recovery.journal.published[name].read_text(), parse_constant=refuse)
+
+
+def test_the_report_says_what_a_repetition_needs(any_recovery: Finished) -> None:
+    facts = any_recovery.report.provenance
+    assert (facts.student_sha256 == facts.teacher_sha256) == (any_recovery.outcome == "not_needed")
+    assert facts.versions.keys() >= {"torch", "transformers", "peft", "python", "recoup"}
+    assert any_recovery.report.cost.stage_seconds.keys() == set(any_recovery.journal.ran) - {"package"}
+
+
+def test_kl_before_and_after_are_those_of_plain_forward_passes(forgetful: Finished) -> None:
+    kl = forgetful.measure("kl")
+    student = AutoModelForCausalLM.from_pretrained(forgetful.run.student)
+    assert plain_kl(forgetful, student) == pytest.approx(kl.before, rel=1e-4)
+    adapted = PeftModel.from_pretrained(student, forgetful.weights)
+    assert plain_kl(forgetful, adapted) == pytest.approx(kl.after, rel=1e-4)
+
+
+def test_a_merged_model_loads_alone_and_does_what_was_measured(finish: Callable[..., Finished]) -> None:
+    found = finish("forgetful", output={"kind": "merged"}, **LENIENT)
+    assert "model/model.safetensors" in found.journal.published
+    merged = AutoModelForCausalLM.from_pretrained(found.weights)
+    assert plain_kl(found, merged) == pytest.approx(found.measure("kl").after, rel=1e-3)
+    assert AutoTokenizer.from_pretrained(found.weights).chat_template
+
+
+def test_a_recovered_pruned_model_has_exactly_its_old_zeros(pruned: Finished) -> None:
+    assert pruned.outcome in {"recovered", "partial"}
+    before, after = Weights(pruned.run.student), Weights(pruned.weights)
+    matrices = [name for name in before if block_of(name) is not None and before[name].dim() == 2]
+    for name in matrices:
+        assert torch.equal(after[name] == 0, before[name] == 0)
+    assert pruned.report.training.masked_weights == sum(int((after[name] == 0).sum()) for name in matrices)
+    published = AutoModelForCausalLM.from_pretrained(pruned.weights)
+    assert plain_kl(pruned, published) == pytest.approx(pruned.measure("kl").after, rel=1e-4)
+
+
+def test_what_is_published_names_no_folder_of_this_machine(any_recovery: Finished) -> None:
+    home = str(any_recovery.run.teacher.parent)
+    texts = [
+        path
+        for path in any_recovery.journal.published.values()
+        if path.suffix in {".json", ".jsonl", ".md", ".html", ".svg", ".jinja"}
+    ]
+    assert [path.name for path in texts if home in path.read_text()] == []
+
+
+def test_a_kept_skill_is_measured_on_tickets_that_were_not_taught(
+    forgetful: Finished, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    lines = (forgetful.journal.place / "generate" / "keep.jsonl").read_text().splitlines()
+    taught = {json.loads(line)["prompt"] for line in lines}
+    tested = [ticket for ticket in forgetful.run.keep if ticket.messages[-1].content not in taught]
+    engine = LocalEngine(models.load(forgetful.run.student), tokenizer)
+    answers = engine.answer(encode(tested, tokenizer, 512), 12, lambda _done: None)
+    right = sum(answer.answer == ticket.completion for answer, ticket in zip(answers, tested, strict=True))
+    assert forgetful.measure("keep").before == pytest.approx(right / 30)
+    assert len(taught) == len(tested) == 30
+
+
+def test_what_became_of_a_kept_skill_is_reported(forgetful: Finished) -> None:
+    keep = forgetful.measure("keep")
+    assert keep.n == 30
+    assert forgetful.report.training.keep_answers == 30
+    assert keep.before > keep.teacher
+    assert keep.retained.value == pytest.approx(keep.after / keep.before)
+    assert keep.guarded
+    assert keep.recovered is None
+
+
+def test_a_skill_without_right_answers_is_held_against_the_students_own(
+    finish: Callable[..., Finished],
+) -> None:
+    bare = [ticket.model_copy(update={"completion": None}) for ticket in tickets(20)]
+    keep = finish("forgetful", keep=bare, training={"steps": 1}).measure("keep")
+    assert (keep.n, keep.before) == (10, 1.0)
+
+
+def test_without_a_skill_to_keep_none_is_reported(pruned: Finished) -> None:
+    assert "keep" not in {measure.name for measure in pruned.report.measures}
+
+
+def test_every_stage_tells_its_progress_from_start_to_end(forgetful: Finished) -> None:
+    by_unit: dict[tuple[int, str], list[int]] = {}
+    for done, total, unit in forgetful.journal.told:
+        by_unit.setdefault((total, unit), []).append(done)
+    assert len(by_unit) == 4
+    for (total, _), done in by_unit.items():
+        assert done == sorted(done)
+        assert done[-1] == total
+
+
+def test_the_training_curve_is_told_as_it_grows(forgetful: Finished) -> None:
+    names = [metric["name"] for metric in forgetful.journal.metrics]
+    assert names.count("train") == 40
+    assert names.count("validation") == 4
+    assert all(isinstance(metric["step"], int) for metric in forgetful.journal.metrics)
+
+
+def numbers(report: Report) -> dict[str, object]:
+    return report.model_dump(exclude={"created_at", "cost"})
+
+
+@pytest.mark.parametrize("breaks_in", ["generate", "distil", "evaluate"])
+def test_a_recovery_that_broke_goes_on_where_it_was_and_finds_the_same(
+    breaks_in: str, forgetful: Finished, open_journal: type, tmp_path: Path
+) -> None:
+    broken = open_journal(tmp_path, breaks_in=breaks_in)
+    with pytest.raises(ConnectionResetError):
+        recover(forgetful.run, broken)
+    assert broken.ran[-1] == breaks_in
+    again = open_journal(tmp_path)
+    found = finished(forgetful.run, again)
+    assert again.ran == STAGES[STAGES.index(breaks_in) :]
+    assert numbers(found.report) == numbers(forgetful.report)
+
+
+def test_a_finished_recovery_does_nothing_again(forgetful: Finished, open_journal: type) -> None:
+    again = open_journal(forgetful.journal.place)
+    assert recover(forgetful.run, again) == forgetful.outcome
+    assert again.ran == []
+
+
+def test_the_order_of_prompts_changes_no_number(spared: Finished, open_journal: type, tmp_path: Path) -> None:
+    turned = replace(spared.run, prompts=spared.run.prompts[::-1])
+    assert numbers(finished(turned, open_journal(tmp_path)).report) == numbers(spared.report)
+
+
+def without_kinds(prompts: list[Prompt]) -> list[Prompt]:
+    return [prompt.model_copy(update={"kind": None}) for prompt in prompts]
+
+
+def test_prompts_that_are_too_long_are_dropped_and_counted(
+    make_run: Callable[..., Run], open_journal: type, tmp_path: Path
+) -> None:
+    run = make_run("copy", training={"max_length": 28})
+    long = [Prompt(messages=[Message(role="user", content=" ".join(["red"] * n))]) for n in range(20, 60)]
+    found = finished(replace(run, prompts=[*without_kinds(run.prompts), *long]), open_journal(tmp_path))
+    splits = found.report.splits
+    assert splits.too_long_dropped == 40
+    assert splits.train + splits.validation + splits.test == 200
+
+
+def test_prompt_and_answer_together_stay_within_the_length_that_was_asked_for(
+    finish: Callable[..., Finished],
+) -> None:
+    found = finish("forgetful", training={"steps": 1, "max_length": 21})
+    rows = [json.loads(line) for line in found.journal.published["rewrites.jsonl"].read_text().splitlines()]
+    assert max(len(row["prompt_ids"]) + len(row["answer_ids"]) for row in rows) <= 21
+
+
+def test_too_few_test_prompts_are_refused_in_a_sentence(
+    make_run: Callable[..., Run], open_journal: type, tmp_path: Path
+) -> None:
+    run = make_run("forgetful")
+    journal = open_journal(tmp_path)
+    with pytest.raises(EmptyDataset, match="4 test prompts are left; at least 16"):
+        recover(replace(run, prompts=without_kinds(run.prompts)[:20]), journal)
+    assert journal.published == {}
+
+
+def test_a_server_that_serves_the_teacher_is_as_good_as_the_teacher_itself(
+    server: Any,
+    healthy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    forgetful: Finished,
+    open_journal: type,
+    tmp_path: Path,
+) -> None:
+    engine = LocalEngine(healthy, tokenizer)
+    empty = forgetful.run.prompts[0]
+
+    def answer(ids: list[int], limit: int) -> list[int]:
+        return list(engine.answer([Encoded(empty, tuple(ids))], limit, lambda _done: None)[0].answer_ids)
+
+    server.answer = answer
+    found = finished(replace(forgetful.run, vllm_url=server.url), open_journal(tmp_path))
+    assert len(server.bodies) == 4
+    assert numbers(found.report) == numbers(forgetful.report)
+
+
+def test_a_server_that_serves_another_model_is_refused(
+    server: Any, make_run: Callable[..., Run], open_journal: type, tmp_path: Path
+) -> None:
+    run = replace(make_run("forgetful"), vllm_url=server.url)
+    with pytest.raises(RecoveryError, match="serves another model"):
+        recover(run, open_journal(tmp_path))
+
+
+def test_natural_text_shorter_than_a_window_is_refused_before_anything_is_trained(
+    make_run: Callable[..., Run], open_journal: type, tmp_path: Path
+) -> None:
+    run = replace(make_run("forgetful"), natural_text=["red blue green"])
+    with pytest.raises(RecoveryError):
+        recover(run, open_journal(tmp_path))
+
+
+def test_a_combination_that_would_fill_zeros_is_refused_before_anything_is_answered(
+    make_run: Callable[..., Run], open_journal: type, tmp_path: Path
+) -> None:
+    run = make_run("pruned", training={"mode": "lora"}, output={"kind": "merged"})
+    journal = open_journal(tmp_path)
+    with pytest.raises(RecoveryError, match="pruned zeros"):
+        recover(run, journal)
+    assert not (journal.place / "distil").exists()
