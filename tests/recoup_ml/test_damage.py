@@ -42,8 +42,8 @@ def test_each_damage_is_recognised(
     ("damage", "evidence"),
     [
         ("rounded", "32 neighbouring weights take 8 distinct values, 32 in the teacher."),
-        ("pruned", "50.0% of the linear weights are exactly zero, in a unstructured pattern."),
-        ("pruned-2:4", "50.0% of the linear weights are exactly zero, in a 2:4 pattern."),
+        ("pruned", "50.0% of the linear weights are exactly zero (unstructured)."),
+        ("pruned-2:4", "50.0% of the linear weights are exactly zero (2:4)."),
         ("shallow", "1 of the teacher's decoder layers are missing."),
     ],
 )

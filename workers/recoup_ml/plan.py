@@ -43,8 +43,8 @@ class _Recipe:
 
 RECIPES = {
     "finetuning": _Recipe(20, 5e-4, 1e-4, "forgetting is shallow: the ability is masked, not erased"),
-    "quantization": _Recipe(48, 1e-3, 2e-4, "rounding disturbs every layer, so it takes more steps"),
-    "pruning": _Recipe(64, 5e-4, 2e-4, "what was cut must be learnt anew, so it takes the most steps"),
+    "quantization": _Recipe(40, 1e-3, 2e-4, "rounding disturbs every layer, so it takes more steps"),
+    "pruning": _Recipe(40, 5e-4, 2e-4, "what was cut must be learnt anew, so it takes many steps"),
 }
 BATCH_SIZE = 8
 
