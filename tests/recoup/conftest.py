@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from email import message_from_bytes
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -119,7 +119,8 @@ class FakeService:
         self._thread.join()
         self._server.server_close()
         for connection in [*self._live]:
-            connection.shutdown(socket.SHUT_RDWR)
+            with suppress(OSError):  # the other side may have left first
+                connection.shutdown(socket.SHUT_RDWR)
 
     def silence(self) -> AbstractContextManager[Any]:
         """While this is entered, requests are read and not answered."""

@@ -170,7 +170,9 @@ def test_download_prints_the_paths(run, id, service, tmp_path):
 
 
 def test_interrupting_a_watch_is_130_and_says_how_to_come_back(endless, id):
-    code = [sys.executable, "-c", "from recoup.cli import main; main()", "watch", id]
+    # A shell starts what it runs in the background with SIGINT ignored, and the suite may run there.
+    listens = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code = [sys.executable, "-c", f"{listens}from recoup.cli import main; main()", "watch", id]
     environment = os.environ | {"RECOUP_BASE_URL": endless.url, "PYTHONUNBUFFERED": "1"}
     environment["PYTHONPATH"] = str(Path(recoup.__file__).parents[1])
     watching = subprocess.Popen(

@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from recoup.schemas import Alignment, Measure, Outcome, Sample
+from recoup.schemas import Alignment, Estimate, Measure, Outcome, Sample
 from recoup_ml import alignment, diagnose, distil, models, results, verdict
 from recoup_ml.alignment import States
 from recoup_ml.diagnose import Exam
@@ -90,13 +90,7 @@ def _remarks(found: Sequence[Measure], aligned: Alignment, exam: Exam) -> list[s
     cut = sum(answer.finish == "length" for answer in exam.test)
     if cut:
         remarks.append(f"{cut} of {len(exam.test)} teacher answers were cut at generation.max_new_tokens.")
-    primary, won = found[0].recovered, aligned.headroom_recovered_last
-    if primary and won and primary.value * won.value < 0:
-        rose = "rose" if won.value > 0 else "fell"
-        remarks.append(
-            f"Measures disagree: last-layer alignment {rose} while the divergence from the teacher "
-            f"{'grew' if primary.value < 0 else 'shrank'}. Trust the divergence."
-        )
+    remarks += disagreements(found[0].recovered, aligned)
     worse = [
         item.label
         for item in found
@@ -105,6 +99,28 @@ def _remarks(found: Sequence[Measure], aligned: Alignment, exam: Exam) -> list[s
     if worse:
         remarks.append(f"Moved away from the teacher: {', '.join(worse)}.")
     return remarks
+
+
+def disagreements(divergence: Estimate | None, aligned: Alignment) -> list[str]:
+    """A sentence for each alignment that went the other way than the divergence, beyond both intervals."""
+    shares = {
+        "last layer's": aligned.headroom_recovered_last,
+        "mean": aligned.headroom_recovered_mean,
+    }
+    return [
+        f"Measures disagree: the {name} alignment {'rose' if direction(share) > 0 else 'fell'} "
+        f"while the divergence from the teacher {'grew' if direction(divergence) < 0 else 'shrank'}. "
+        "Trust the divergence."
+        for name, share in shares.items()
+        if direction(share) * direction(divergence) < 0
+    ]
+
+
+def direction(estimate: Estimate | None) -> int:
+    """1 or -1 where the interval lies on one side of zero, else 0."""
+    if estimate is None or estimate.low is None or estimate.high is None:
+        return 0
+    return int(estimate.low > 0) - int(estimate.high < 0)
 
 
 def _samples(probe: Probe, diagnosis: Diagnosis, after: Behaviour | None) -> list[Sample]:
