@@ -39,14 +39,11 @@ def supervise(claim: Claim, ledger: Ledger, settings: Settings, stopping: thread
 def start_runner(claim: Claim, settings: Settings) -> subprocess.Popen[bytes]:
     folder = settings.jobs_dir / claim.job_id
     folder.mkdir(parents=True, exist_ok=True)
-    environment = {name: value for name, value in os.environ.items() if name not in NOT_FOR_RUNNERS}
-    environment |= {
-        name: value for name, value in settings.environment().items() if name not in NOT_FOR_RUNNERS
-    }
+    inherited = os.environ | settings.environment() | RUNNER_ENVIRONMENT
     with (folder / "runner.log").open("ab") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "recoup_worker.runner", claim.job_id, str(claim.epoch)],
-            env=environment | RUNNER_ENVIRONMENT,
+            env={name: value for name, value in inherited.items() if name not in NOT_FOR_RUNNERS},
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=output,
