@@ -17,35 +17,40 @@ SMALL = {
     "evaluation": {"test_sequences": 32, "validation_sequences": 16},
     "alignment": {"positions": 256},
 }
+Submit = Callable[..., str]
 
 
-def test_a_recovery_goes_all_the_way_to_its_report(
-    client: Client, models: Path, write_rows: Callable[[int], Path], tmp_path: Path
-) -> None:
-    prompts = client.files.create(write_rows(200))
-    recovery = client.recoveries.create(
-        student="student", teacher="teacher", prompts={"file": prompts.id}, **SMALL
-    )
-    ended = client.recoveries.wait(recovery.id, timeout=120)
+@pytest.fixture
+def submit(client: Client, models: Path, write_rows: Callable[[int], Path]) -> Submit:
+    """`submit("student", training=...)`: uploads 200 prompts and submits a small recovery; its id."""
+
+    def submit(student: str = "student", **changes: object) -> str:
+        prompts = client.files.create(write_rows(200))
+        fields = SMALL | {"prompts": {"file": prompts.id}} | changes
+        return client.recoveries.create(student=student, teacher="teacher", **fields).id
+
+    return submit
+
+
+def test_a_recovery_goes_all_the_way_to_its_report(client: Client, submit: Submit, tmp_path: Path) -> None:
+    id = submit()
+    ended = client.recoveries.wait(id, timeout=120)
     assert ended.state == "succeeded"
-    report = client.recoveries.report(recovery.id)
+    report = client.recoveries.report(id)
     assert report.outcome == ended.outcome
     assert report.measures[0].name == "kl" and report.measures[0].after is not None
     assert report.training is not None and report.training.steps == 12
     assert 24 <= report.splits.test <= 32 and report.splits.test_kinds
-    files = client.recoveries.download(recovery.id, tmp_path / "results")
+    files = client.recoveries.download(id, tmp_path / "results")
     names = {path.relative_to(tmp_path / "results").as_posix() for path in files}
     assert {"report.json", "report.html", "alignment.png"} <= names
     assert ("adapter/adapter_model.safetensors" in names) == report.promoted
 
 
 def test_the_history_of_a_recovery_has_no_gap_and_commits_each_stage_once(
-    client: Client, models: Path, write_rows: Callable[[int], Path]
+    client: Client, submit: Submit
 ) -> None:
-    prompts = client.files.create(write_rows(200))
-    id = client.recoveries.create(
-        student="student", teacher="teacher", prompts={"file": prompts.id}, **SMALL
-    ).id
+    id = submit()
     client.recoveries.wait(id, timeout=120)
     events = list(client.recoveries.events(id))
     assert [event.seq for event in events] == list(range(1, len(events) + 1))
@@ -53,13 +58,8 @@ def test_the_history_of_a_recovery_has_no_gap_and_commits_each_stage_once(
     assert committed == ["preflight", "diagnose", "generate", "distil", "evaluate", "package"]
 
 
-def test_a_teacher_against_itself_needs_no_recovery(
-    client: Client, models: Path, write_rows: Callable[[int], Path]
-) -> None:
-    prompts = client.files.create(write_rows(200))
-    id = client.recoveries.create(
-        student="teacher", teacher="teacher", prompts={"file": prompts.id}, **SMALL
-    ).id
+def test_a_teacher_against_itself_needs_no_recovery(client: Client, submit: Submit) -> None:
+    id = submit("teacher")
     assert client.recoveries.wait(id, timeout=120).outcome == "not_needed"
     assert client.recoveries.report(id).training is None
     stages = {event.data.get("stage") for event in client.recoveries.events(id)}
@@ -67,13 +67,9 @@ def test_a_teacher_against_itself_needs_no_recovery(
 
 
 def test_a_killed_runner_is_followed_by_another_that_skips_what_is_committed(
-    client: Client, models: Path, write_rows: Callable[[int], Path]
+    client: Client, submit: Submit
 ) -> None:
-    prompts = client.files.create(write_rows(200))
-    fields = SMALL | {"training": SMALL["training"] | {"steps": 400}}
-    id = client.recoveries.create(
-        student="student", teacher="teacher", prompts={"file": prompts.id}, **fields
-    ).id
+    id = submit(training=SMALL["training"] | {"steps": 400})
     for event in client.recoveries.follow(id):
         if event.type == "metric" and event.data["name"] == "train":
             break
@@ -87,14 +83,8 @@ def test_a_killed_runner_is_followed_by_another_that_skips_what_is_committed(
     assert sum(event.data.get("state") == "succeeded" for event in events if event.type == "state") == 1
 
 
-def test_a_cancelled_recovery_ends_and_leaves_no_runner(
-    client: Client, models: Path, write_rows: Callable[[int], Path]
-) -> None:
-    prompts = client.files.create(write_rows(200))
-    fields = SMALL | {"training": SMALL["training"] | {"steps": 100_000}}
-    id = client.recoveries.create(
-        student="student", teacher="teacher", prompts={"file": prompts.id}, **fields
-    ).id
+def test_a_cancelled_recovery_ends_and_leaves_no_runner(client: Client, submit: Submit) -> None:
+    id = submit(training=SMALL["training"] | {"steps": 100_000})
     for event in client.recoveries.follow(id):
         if event.type == "metric":
             break
@@ -105,14 +95,8 @@ def test_a_cancelled_recovery_ends_and_leaves_no_runner(
     assert not _runners_of(id)
 
 
-def test_a_recovery_past_its_limit_fails_and_says_so(
-    client: Client, models: Path, write_rows: Callable[[int], Path]
-) -> None:
-    prompts = client.files.create(write_rows(200))
-    fields = SMALL | {"training": SMALL["training"] | {"steps": 100_000}, "limits": {"wall_seconds": 12}}
-    id = client.recoveries.create(
-        student="student", teacher="teacher", prompts={"file": prompts.id}, **fields
-    ).id
+def test_a_recovery_past_its_limit_fails_and_says_so(client: Client, submit: Submit) -> None:
+    id = submit(training=SMALL["training"] | {"steps": 100_000}, limits={"wall_seconds": 12})
     with pytest.raises(JobFailedError) as failed:
         client.recoveries.wait(id, timeout=90)
     assert failed.value.recovery.error.code == "deadline_exceeded"
