@@ -16,9 +16,10 @@ from recoup_jobs.claims import Claim
 from recoup_jobs.datasets import load_prompts, load_text
 from recoup_jobs.errors import RecoupError, StaleClaim
 from recoup_jobs.ledger import Ledger, open_ledger
-from recoup_jobs.preflight import ModelFolders, preflight
+from recoup_jobs.preflight import preflight
 from recoup_jobs.processes import die_with_parent, die_with_stdin
 from recoup_jobs.settings import Settings
+from recoup_jobs.sources import locate
 from recoup_worker.journal import LedgerJournal
 
 if TYPE_CHECKING:
@@ -55,22 +56,25 @@ def _recover(claim: Claim, ledger: Ledger, settings: Settings) -> None:
     from recoup_ml.recipe import recover
 
     journal = LedgerJournal(ledger, claim, settings)
-    journal.stage("preflight", lambda _folder: preflight(claim.request, ledger, settings) and None)
-    folders = preflight(claim.request, ledger, settings)
-    outcome = recover(_run(claim, folders, ledger, settings), journal)
+
+    def check(_folder: Path) -> None:
+        preflight(claim.request, ledger, settings)
+
+    journal.stage("preflight", check)
+    outcome = recover(_run(claim, ledger, settings), journal)
     ledger.succeed(claim, outcome)
     _clear_work(settings.stage_folder(ledger.committed(claim.job_id)["package"]), settings, claim)
 
 
-def _run(claim: Claim, folders: ModelFolders, ledger: Ledger, settings: Settings) -> "Run":
+def _run(claim: Claim, ledger: Ledger, settings: Settings) -> "Run":
     from recoup_ml.run import Run
 
     request = claim.request
     text = request.evaluation.natural_text
     return Run(
         job_id=claim.job_id,
-        student=folders.student,
-        teacher=folders.teacher,
+        student=locate(request.student.source, settings.model_roots).path,
+        teacher=locate(request.teacher.source, settings.model_roots).path,
         request=request,
         prompts=load_prompts(ledger, settings, request.prompts),
         keep=load_prompts(ledger, settings, request.keep) if request.keep else [],
