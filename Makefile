@@ -51,7 +51,7 @@ $(VENV)/.demo: $(VENV)/.base
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(BIN)/python -m pip install --quiet -e '.[embedded,worker,postgres,demo,test]'
+	$(BIN)/python -m pip install --quiet -e '.[embedded,worker,quantized,postgres,demo,test]'
 	@touch $@
 
 clean:

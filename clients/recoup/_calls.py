@@ -104,6 +104,10 @@ def get_alignment(id: str) -> Call[Alignment]:
     return Call("GET", f"{_recovery(id)}/alignment", _reader(Alignment))
 
 
+def get_recipe(id: str) -> Call[str]:
+    return Call("GET", f"{_recovery(id)}/recipe", _text, headers=(("Accept", "text/x-python"),))
+
+
 def list_artifacts(id: str, after: str | None) -> Call[Page[Artifact]]:
     return Call("GET", f"{_recovery(id)}/artifacts", _reader(Page[Artifact]), query=_query(after=after))
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from pydantic import BaseModel, ValidationError
@@ -20,7 +20,7 @@ from rich.console import Console
 
 from recoup import _render, errors
 from recoup._watch import watch as watch_job
-from recoup.schemas import CreateRecovery, Recovery
+from recoup.schemas import CreateRecovery, Match, Recovery
 
 if TYPE_CHECKING:
     from recoup.client import Client
@@ -36,6 +36,9 @@ app = typer.Typer(
 Id = Annotated[str, typer.Argument(help="The recovery's id.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 _FILE: dict[str, Any] = {"exists": True, "dir_okay": False, "metavar": "FILE"}
+_TASK = "NAME=FILE[:exact|contains|number]"
+_UNSENT = f"file-{'0' * 24}"
+"""The id of a file that is not uploaded yet."""
 
 
 @app.command()
@@ -46,6 +49,10 @@ def submit(
         Path | None, typer.Option(help="JSONL of general prompts; default: built in.", **_FILE)
     ] = None,
     keep: Annotated[Path | None, typer.Option(help="JSONL of prompts of a skill to keep.", **_FILE)] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(metavar=_TASK, help="JSONL of prompts with right answers to measure; may be repeated."),
+    ] = None,
     damage: Annotated[str | None, typer.Option(help="finetuning, quantization, pruning or auto.")] = None,
     method: Annotated[str | None, typer.Option(help="off_policy or auto.")] = None,
     mode: Annotated[str | None, typer.Option(help="lora, full or auto.")] = None,
@@ -60,6 +67,7 @@ def submit(
 ) -> None:
     """Submit a recovery."""
     training = _given(mode=mode, steps=steps, learning_rate=learning_rate, batch_size=batch_size)
+    tasks = [_task(option) for option in task or []]
     fields = _given(
         student={"source": student},
         teacher={"source": teacher},
@@ -67,12 +75,16 @@ def submit(
         method=_given(type=method),
         training=training,
         generation=_given(max_new_tokens=max_new_tokens),
+        evaluation=_given(tasks=[spec for spec, _ in tasks] or None),
         output=_given(name=name),
         seed=seed,
     )
     with _connected() as client:
         CreateRecovery.model_validate(fields)  # before a file is uploaded for nothing
         fields |= _uploaded(client, prompts=prompts, keep=keep)
+        if tasks:
+            sent = [spec | {"file": client.files.create(path).id} for spec, path in tasks]
+            fields |= {"evaluation": {"tasks": sent}}
         recovery = client.recoveries.create(**fields)
         if not watch:
             then = f"watch it with: recoup watch {recovery.id}"
@@ -103,6 +115,20 @@ def report(
             typer.echo(answer.model_dump_json(indent=2))
         else:
             _render.print_verdict(answer, _console())
+
+
+@app.command()
+def recipe(
+    id: Id,
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write it there instead.")] = None,
+) -> None:
+    """Print a Python script that repeats the training with transformers and peft alone."""
+    with _connected() as client:
+        script = client.recoveries.recipe(id)
+        if output is None:
+            typer.echo(_render.clean(script), nl=False)
+        else:
+            output.write_text(script, encoding="utf-8")
 
 
 @app.command(name="list")
@@ -155,6 +181,17 @@ def _given(**options: Any) -> dict[str, Any]:
 def _uploaded(client: "Client", **paths: Path | None) -> dict[str, Any]:
     """The fields of the request that name uploaded files."""
     return {field: {"file": client.files.create(path).id} for field, path in paths.items() if path}
+
+
+def _task(option: str) -> tuple[dict[str, str], Path]:
+    """`NAME=FILE[:MATCH]` as a task whose file is yet to be uploaded, and that file."""
+    name, _, place = option.partition("=")
+    path, _, match = place.rpartition(":")
+    if match not in get_args(Match):
+        path, match = place, "exact"
+    if not Path(path).is_file():
+        raise typer.BadParameter(f"'{path}' is no file; expected {_TASK}.", param_hint="'--task'")
+    return {"name": name, "file": _UNSENT, "match": match}, Path(path)
 
 
 def _watch(client: "Client", id: str, json: bool) -> None:

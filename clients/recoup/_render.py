@@ -15,6 +15,7 @@ from rich.text import Text
 from recoup.schemas import (
     Alignment,
     AlignmentState,
+    Baseline,
     Cost,
     Estimate,
     Measure,
@@ -42,6 +43,18 @@ def verdict_lines(report: Report) -> list[str]:
         f"outcome: {report.outcome}",
         f"reason: {clean(report.reason)}",
         f"recovered fraction: {fraction}",
+        *_baseline_lines(report.baseline),
+    ]
+
+
+def _baseline_lines(baseline: Baseline | None) -> list[str]:
+    """What costs no training, beside it."""
+    if baseline is None:
+        return []
+    kept = "" if baseline.keep is None else f", new skill {_number(baseline.keep)}"
+    return [
+        f"best without training: {clean(baseline.label)}: {_estimate(baseline.recovered)}{kept}",
+        f"lead over it: {_estimate(baseline.lead)}",
     ]
 
 

@@ -110,6 +110,13 @@ class Recoveries:
         """CKA of the student's layers with the teacher's, before and after."""
         return self._sender.send(_calls.get_alignment(id))
 
+    def recipe(self, id: str) -> str:
+        """A Python script that repeats the training with transformers and peft alone.
+
+        Raises NotFoundError where nothing was trained.
+        """
+        return self._sender.send(_calls.get_recipe(id))
+
     def artifacts(self, id: str) -> builtins.list[Artifact]:
         """The manifest: path, size and SHA-256 of each file that the job produced."""
         return [*pages(lambda cursor: self._sender.send(_calls.list_artifacts(id, cursor)), None)]

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request
 from sqlalchemy import select
 
 import recoup
-from recoup.schemas import Capabilities, Damage, MethodSpec, TrainingSpec
+from recoup.schemas import Capabilities, Damage, Method, TrainingSpec
 from recoup_api.wiring import TheLedger, TheSettings
 from recoup_jobs.dispatch import Sweeper
 from recoup_jobs.errors import Unavailable
@@ -36,7 +36,7 @@ def capabilities(settings: TheSettings) -> Capabilities:
     return Capabilities(
         version=recoup.__version__,
         damages=list(get_args(Damage)),
-        methods=list(get_args(MethodSpec.model_fields["type"].annotation)),
+        methods=["auto", *get_args(Method)],
         training_modes=list(get_args(TrainingSpec.model_fields["mode"].annotation)),
         models=model_names(settings.model_roots),
     )

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Response
 from fastapi.responses import FileResponse, JSONResponse
@@ -12,7 +12,7 @@ from recoup.schemas.recovery import TERMINAL_STATES
 from recoup_api.body import RecoveryBody, documented
 from recoup_api.watch import etag, known_etags, newer
 from recoup_api.wiring import After, Limit, TheLedger, TheSettings
-from recoup_jobs.artifacts import ARTIFACTS, open_artifact, read_manifest
+from recoup_jobs.artifacts import ARTIFACTS, RECIPE, open_artifact, read_manifest
 from recoup_jobs.errors import Conflict, NotFound
 from recoup_jobs.ledger import Ledger
 from recoup_jobs.preflight import preflight
@@ -85,6 +85,16 @@ def alignment(id: str, ledger: TheLedger, settings: TheSettings) -> JSONResponse
     return JSONResponse(json.loads(path.read_bytes())["alignment"])
 
 
+@router.get("/{id}/recipe", response_class=FileResponse)
+def recipe(id: str, ledger: TheLedger, settings: TheSettings) -> FileResponse:
+    """A Python script that repeats the training with transformers and peft alone."""
+    folder = _published(id, ledger, settings)
+    report = json.loads(open_artifact(folder, "report.json").read_bytes())
+    if report["training"] is None:
+        raise NotFound("no_recipe", f"there is no training to repeat: {_why_untrained(report)}")
+    return FileResponse(open_artifact(folder, RECIPE), media_type="text/x-python", headers=NOT_OUR_PAGE)
+
+
 @router.get("/{id}/artifacts")
 def artifacts(id: str, ledger: TheLedger, settings: TheSettings) -> Page[Artifact]:
     found = read_manifest(_published(id, ledger, settings))
@@ -94,6 +104,13 @@ def artifacts(id: str, ledger: TheLedger, settings: TheSettings) -> Page[Artifac
 @router.get("/{id}/artifacts/{path:path}", response_class=FileResponse)
 def artifact(id: str, path: str, ledger: TheLedger, settings: TheSettings) -> FileResponse:
     return FileResponse(open_artifact(_published(id, ledger, settings), path), headers=NOT_OUR_PAGE)
+
+
+def _why_untrained(report: dict[str, Any]) -> str:
+    if report["outcome"] == "not_needed":
+        return "the student was as close to its teacher as rounding allows"
+    method = next(choice["value"] for choice in report["plan"] if choice["name"] == "method")
+    return f"the method of this recovery, {method}, changes weights without training"
 
 
 def _published(id: str, ledger: Ledger, settings: Settings) -> Path:

@@ -2,7 +2,7 @@
 
 The folder is built aside and renamed into place as a whole, its manifest written last: a
 reader sees all files or none. Nothing is served that the manifest does not name, and
-nothing is published whose format can carry code.
+nothing is published whose format can carry code, but for the script that Recoup itself writes.
 """
 
 import re
@@ -23,6 +23,8 @@ MANIFEST = "manifest.json"
 SUFFIXES = frozenset(
     {".safetensors", ".json", ".jsonl", ".txt", ".md", ".html", ".svg", ".png", ".csv", ".jinja", ".model"}
 )
+RECIPE = "recipe.py"
+"""The script that repeats a training."""
 PLAIN_PATH = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9._-]*/)*[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 Manifest = TypeAdapter(list[Artifact])
@@ -65,7 +67,7 @@ def open_artifact(folder: Path, path: str) -> Path:
 def _check_path(path: str) -> None:
     if not PLAIN_PATH.fullmatch(path) or path == MANIFEST:
         raise ValueError(f"an artifact needs a plain relative path, not {path!r}")
-    if Path(path).suffix not in SUFFIXES:
+    if Path(path).suffix not in SUFFIXES and path != RECIPE:
         raise ValueError(f"{path!r} is no format that is served; served are {', '.join(sorted(SUFFIXES))}")
 
 

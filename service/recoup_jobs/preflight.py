@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recoup.schemas import BuiltinPrompts, CreateRecovery, FilePrompts, ModelRef
+from recoup.schemas import BuiltinPrompts, CreateRecovery, FilePrompts, ModelRef, TaskSpec
+from recoup.schemas.request import MODEL_KINDS
 from recoup_jobs.datasets import iter_prompts, require_kind
 from recoup_jobs.errors import Unprocessable
 from recoup_jobs.findings import Findings
@@ -20,12 +21,16 @@ from recoup_jobs.sources import (
     locate,
     read_chat_template,
     read_config,
+    read_quantizer,
     read_vocabulary,
     refuse_remote_code,
 )
 
 FEWEST_PROMPTS = 48
 """Distinct ones: fewer cannot be split into training, validation and test."""
+
+FROM_REFERENCES = frozenset({"sft", "rewrite_sft"})
+"""Methods that learn from the reference answers of `prompts`."""
 
 HIDDEN_SIZE_KEYS = ("hidden_size", "n_embd", "d_model")
 
@@ -44,6 +49,8 @@ class Model:
 
     path: Path
     config: dict[str, Any]
+    quantizer: str | None
+    """Which method packed its weights, if one did."""
     vocabulary: dict[str, int] | None
     chat_template: Any
 
@@ -55,6 +62,8 @@ def preflight(request: CreateRecovery, ledger: Ledger, settings: Settings) -> Mo
     teacher = _inspect(findings, "/teacher/source", request.teacher, settings)
     if student and teacher:
         _compare(findings, student, teacher)
+    if student and student.quantizer:
+        _check_adapter_only(findings, request, student.quantizer)
     _check_data(findings, request, ledger, settings)
     findings.raise_if_any()
     assert student and teacher, "a model that could not be read is a finding"
@@ -69,7 +78,7 @@ def _inspect(findings: Findings, pointer: str, ref: ModelRef, settings: Settings
         with findings.at(pointer):
             check_weights(folder)
         config, vocabulary = read_config(folder), read_vocabulary(folder)
-        return Model(folder.path, config, vocabulary, read_chat_template(folder))
+        return Model(folder.path, config, read_quantizer(config), vocabulary, read_chat_template(folder))
     return None
 
 
@@ -120,15 +129,34 @@ def _require_same_template(student: Model, teacher: Model) -> None:
         raise Unprocessable("chat_template_mismatch", message)
 
 
+def _check_adapter_only(findings: Findings, request: CreateRecovery, quantizer: str) -> None:
+    """Packed weights stay as they are: they have no gradient, and a merged adapter would be rounded again."""
+    packed = f"the student's weights are packed by {quantizer} and stay as they are"
+    with findings.at("/training/mode"):
+        if request.training.mode in MODEL_KINDS:
+            message = f"{packed}, so training.mode {request.training.mode} cannot be; use lora, or auto"
+            raise Unprocessable("unsupported_request", message)
+    with findings.at("/output/kind"):
+        if request.output.kind == "merged":
+            message = f"{packed}, so no adapter can be merged into them; use adapter, or auto"
+            raise Unprocessable("unsupported_request", message)
+
+
 def _check_data(findings: Findings, request: CreateRecovery, ledger: Ledger, settings: Settings) -> None:
     with findings.at("/prompts/builtin" if isinstance(request.prompts, BuiltinPrompts) else "/prompts/file"):
         _require_enough(request.prompts, ledger, settings)
+    if request.method.type in FROM_REFERENCES:
+        with findings.at("/method/type"):
+            _require_a_reference(request, ledger, settings)
     if request.keep is not None:
         with findings.at("/keep/file"):
             require_kind(ledger, request.keep.file, "prompts")
     if request.evaluation.natural_text is not None:
         with findings.at("/evaluation/natural_text/file"):
             require_kind(ledger, request.evaluation.natural_text.file, "text")
+    for index, task in enumerate(request.evaluation.tasks):
+        with findings.at(f"/evaluation/tasks/{index}/file"):
+            _require_references(task, ledger, settings)
 
 
 def _require_enough(source: FilePrompts | BuiltinPrompts, ledger: Ledger, settings: Settings) -> None:
@@ -139,6 +167,27 @@ def _require_enough(source: FilePrompts | BuiltinPrompts, ledger: Ledger, settin
             return
     message = f"{len(distinct)} distinct prompts are too few; at least {FEWEST_PROMPTS} are needed"
     raise Unprocessable("too_few_prompts", message)
+
+
+def _require_a_reference(request: CreateRecovery, ledger: Ledger, settings: Settings) -> None:
+    """Rows without one are left out of such training; where none has one, nothing is left."""
+    if not any(prompt.completion for prompt in iter_prompts(ledger, settings, request.prompts)):
+        message = (
+            f"{request.method.type} learns from reference answers, and no prompt has one; "
+            "give `prompts` as a file whose rows have a completion"
+        )
+        raise Unprocessable("missing_reference", message)
+
+
+def _require_references(task: TaskSpec, ledger: Ledger, settings: Settings) -> None:
+    """A row without a right answer would be wrong whatever a model says."""
+    prompts = iter_prompts(ledger, settings, FilePrompts(file=task.file))
+    for row, reference in enumerate((prompt.completion or "" for prompt in prompts), start=1):
+        if not reference.strip():
+            raise Unprocessable("missing_reference", f"row {row} has no completion; a task needs one in each")
+        if task.match == "number" and not any(map(str.isnumeric, reference)):
+            message = f"the completion of row {row} holds no number, by which match `number` compares"
+            raise Unprocessable("missing_reference", message)
 
 
 def _config_value(model: Model, *names: str) -> Any:

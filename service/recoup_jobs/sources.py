@@ -21,6 +21,12 @@ CONFIG_FILES = ("config.json", "generation_config.json", "tokenizer_config.json"
 CODE_KEYS = frozenset({"auto_map", "custom_pipelines", "model_file"})
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
+QUANTIZERS = ("bitsandbytes", "torchao", "gptq", "awq", "compressed-tensors", "hqq", "fp8")
+"""Methods whose packed weights transformers loads and peft trains an adapter beside.
+
+Of these bitsandbytes (4 and 8 bits) and torchao were run, on a CPU. The others want a GPU and packages of
+their own; they are let through on the word of those libraries' documentation.
+"""
 UNSAFE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".ckpt"})
 
 
@@ -72,6 +78,23 @@ def read_config(model: ModelFolder) -> dict[str, Any]:
     if config is None:
         raise Unprocessable("invalid_model", "the folder has no config.json; it is no transformers model")
     return config
+
+
+def read_quantizer(config: dict[str, Any]) -> str | None:
+    """The method that packed the weights, as the configuration names it; None where nothing did.
+
+    Raises `unsupported_quantization` for one that nothing here can train beside.
+    """
+    packing = config.get("quantization_config")
+    if packing is None:
+        return None
+    fields = packing if isinstance(packing, dict) else {}
+    first_style = "bitsandbytes" if fields.keys() & {"load_in_4bit", "load_in_8bit"} else None
+    method = fields.get("quant_method", first_style)
+    if method not in QUANTIZERS:
+        message = f"weights quantized by {str(method)[:50]} cannot be trained; use {', '.join(QUANTIZERS)}"
+        raise Unprocessable("unsupported_quantization", message)
+    return str(method)
 
 
 def refuse_remote_code(model: ModelFolder) -> None:

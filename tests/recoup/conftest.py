@@ -159,6 +159,7 @@ class FakeService:
             "events": lambda request, id: _page(request, self.events[id], key="seq"),
             "report": self._report,
             "alignment": lambda request, id: (200, report(id).alignment.model_dump_json().encode()),
+            "recipe": lambda request, id: (200, 'print("trained: β")\n'.encode()),
             "artifacts": lambda request, id: self._artifact(request, unquote(path)),
         }
         return routes[verb](request, id)

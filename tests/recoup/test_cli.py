@@ -70,6 +70,33 @@ def test_submit_sends_the_options_and_uploads_the_files(run, service, tmp_path):
     assert json.loads(result.stdout)["state"] == "queued"
 
 
+def test_submit_uploads_the_files_of_tasks(run, service, tmp_path):
+    sums, capitals = tmp_path / "sums.jsonl", tmp_path / "of:all.jsonl"
+    for path in (sums, capitals):
+        path.write_text('{"prompt": "a", "completion": "b"}\n')
+    result = run(*SUBMIT, "--task", f"sums={sums}:number", "--task", f"capitals={capitals}")
+    assert result.exit_code == 0, result.output
+    first, second = service.files
+    assert [file["filename"] for file in service.files.values()] == ["sums.jsonl", "of:all.jsonl"]
+    assert json.loads(service.sent("POST", "/v1/recoveries")[0].body)["evaluation"] == {
+        "tasks": [
+            {"name": "sums", "file": first, "match": "number"},
+            {"name": "capitals", "file": second, "match": "exact"},
+        ]
+    }
+
+
+@pytest.mark.parametrize(
+    "task", ["{file}", "sums=", "sums={file}:regex", "sums=/no/such/file", "My sums={file}"]
+)
+def test_a_task_that_cannot_be_read_is_2_and_nothing_is_uploaded(run, service, tmp_path, task):
+    (tmp_path / "sums.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    result = run(*SUBMIT, "--task", task.format(file=tmp_path / "sums.jsonl"))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "task" in result.stderr
+    assert service.seen == []
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [(["--steps", "0"], "training.steps"), (["--damage", "dropped"], "damage"), (["--seed", "-1"], "seed")],
@@ -142,6 +169,14 @@ def test_report_prints_the_verdict_and_writes_the_page(run, id, tmp_path):
 
 def test_report_as_json_is_the_report(run, id, report):
     assert json.loads(run("report", id, "--json").stdout) == report(id).model_dump(mode="json")
+
+
+def test_recipe_prints_the_script_or_writes_it(run, id, tmp_path):
+    assert run("recipe", id).stdout == 'print("trained: β")\n'
+    result = run("recipe", id, "--output", tmp_path / "again.py")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert (tmp_path / "again.py").read_text(encoding="utf-8") == 'print("trained: β")\n'
+    assert run("recipe", "rec_404").exit_code == 2
 
 
 def test_list_shows_the_newest_asked_for(run, client):
@@ -220,7 +255,9 @@ def test_the_verdict_table_shows_measures_alignment_and_cost(report):
 
 
 def test_an_untrained_report_has_a_verdict_too(report):
-    untrained = report(outcome="not_needed", recovered=None, training=None, promoted=False)
+    untrained = report(
+        outcome="not_needed", recovered=None, training=None, promoted=False, repairs=[], baseline=None
+    )
     assert _render.verdict_lines(untrained)[::2] == [
         "outcome: not_needed",
         "recovered fraction: not measured",

@@ -59,6 +59,11 @@ def test_a_report_comes_as_a_value_and_as_a_page(client, report):
     assert client.recoveries.alignment(job.id) == report(job.id).alignment
 
 
+def test_a_recipe_is_python(client):
+    job = client.recoveries.create(**ASK)
+    assert client.recoveries.recipe(job.id) == 'print("trained: β")\n'
+
+
 def test_an_uploaded_file_arrives_byte_for_byte(client, tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_bytes('{"prompt": "grüß dich"}\n'.encode() * 3)

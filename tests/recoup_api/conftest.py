@@ -12,7 +12,14 @@ from recoup_jobs.artifacts import ARTIFACTS, publish
 from recoup_jobs.ledger import open_ledger
 from recoup_jobs.settings import Settings
 
-REPORT = {"object": "recovery.report", "alignment": {"positions": 4096, "ceiling": [0.99, None]}}
+REPORT = {
+    "object": "recovery.report",
+    "outcome": "recovered",
+    "plan": [{"name": "method", "value": "off_policy", "why": "as requested"}],
+    "training": {"steps": 24},
+    "alignment": {"positions": 4096, "ceiling": [0.99, None]},
+}
+SCRIPT = 'print("β")\n'
 
 
 @pytest.fixture
@@ -71,15 +78,30 @@ def claim(ledger, job):
 
 
 @pytest.fixture
-def finished(settings, ledger, claim, tmp_path):
+def finish(settings, ledger, claim, tmp_path):
+    """Lets the recovery succeed and publish texts, by their paths; returns its id."""
+
+    def succeed(texts):
+        files = {path: tmp_path / str(number) for number, path in enumerate(texts)}
+        for path, text in texts.items():
+            files[path].write_text(text, "utf-8")
+        place = f"{claim.job_id}/e{claim.epoch}/package"
+        publish(settings.stage_folder(place) / ARTIFACTS, files)
+        ledger.commit_stage(claim, "package", place)
+        ledger.succeed(claim, "recovered")
+        return claim.job_id
+
+    return succeed
+
+
+@pytest.fixture
+def finished(finish):
     """The id of a recovery that succeeded and published its report."""
-    page = tmp_path / "page"
-    page.write_text("<!doctype html><title>Report</title>")
-    report = tmp_path / "report"
-    report.write_text(json.dumps(REPORT))
-    files = {"report.json": report, "report.html": page, "adapter/adapter_config.json": report}
-    place = f"{claim.job_id}/e{claim.epoch}/package"
-    publish(settings.stage_folder(place) / ARTIFACTS, files)
-    ledger.commit_stage(claim, "package", place)
-    ledger.succeed(claim, "recovered")
-    return claim.job_id
+    return finish(
+        {
+            "report.json": json.dumps(REPORT),
+            "report.html": "<!doctype html><title>Report</title>",
+            "recipe.py": SCRIPT,
+            "adapter/adapter_config.json": "{}",
+        }
+    )

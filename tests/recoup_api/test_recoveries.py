@@ -1,4 +1,5 @@
 import hashlib
+import json
 import threading
 import time
 
@@ -16,7 +17,12 @@ def test_a_recovery_is_accepted_and_can_be_read_where_the_answer_points(client, 
 
 
 def test_every_default_is_in_the_answer(job):
-    assert job["request"]["training"]["lora"] == {"rank": 16, "alpha": 32, "targets": "auto"}
+    assert job["request"]["training"]["lora"] == {
+        "rank": 16,
+        "alpha": 32,
+        "targets": "auto",
+        "allocation": "uniform",
+    }
 
 
 def test_recoveries_are_listed_newest_first_in_pages(client, body):
@@ -81,14 +87,14 @@ def test_events_come_in_order_and_in_pages(client, claim):
     assert [event["data"]["state"] for event in first["data"] + rest["data"]] == ["queued", "running"]
 
 
-@pytest.mark.parametrize("part", ["report", "alignment", "artifacts", "artifacts/report.json"])
+@pytest.mark.parametrize("part", ["report", "alignment", "recipe", "artifacts", "artifacts/report.json"])
 def test_what_is_not_there_yet_is_a_conflict_that_names_the_state(client, claim, part):
     refused = client.get(f"/v1/recoveries/{claim.job_id}/{part}")
     assert (refused.status_code, refused.json()["code"]) == (409, "not_finished")
     assert "running" in refused.json()["detail"]
 
 
-@pytest.mark.parametrize("part", ["report", "alignment", "artifacts", "artifacts/report.json"])
+@pytest.mark.parametrize("part", ["report", "alignment", "recipe", "artifacts", "artifacts/report.json"])
 def test_a_recovery_that_ended_without_artifacts_has_none(client, job, part):
     client.post(f"/v1/recoveries/{job['id']}/cancel")
     refused = client.get(f"/v1/recoveries/{job['id']}/{part}")
@@ -114,9 +120,33 @@ def test_the_alignment_is_the_reports(client, finished):
     assert client.get(f"/v1/recoveries/{finished}/alignment").json() == report["alignment"]
 
 
+def test_the_recipe_is_python(client, finished):
+    answer = client.get(f"/v1/recoveries/{finished}/recipe")
+    assert answer.headers["content-type"] == "text/x-python; charset=utf-8"
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert answer.headers["etag"]
+    assert answer.text == 'print("β")\n'
+
+
+@pytest.mark.parametrize(
+    ("outcome", "method", "why"),
+    [
+        ("not_needed", "none", "as close to its teacher as rounding allows"),
+        ("partial", "spectral", "spectral, changes weights without training"),
+    ],
+)
+def test_where_nothing_was_trained_there_is_no_recipe(client, finish, outcome, method, why):
+    plan = [{"name": "method", "value": method, "why": "as requested"}]
+    id = finish({"report.json": json.dumps({"outcome": outcome, "plan": plan, "training": None})})
+    refused = client.get(f"/v1/recoveries/{id}/recipe")
+    assert (refused.status_code, refused.json()["code"]) == (404, "no_recipe")
+    assert why in refused.json()["detail"]
+
+
 def test_an_artifact_is_what_the_manifest_says(client, finished):
     listed = client.get(f"/v1/recoveries/{finished}/artifacts").json()["data"]
-    assert {file["path"] for file in listed} == {"report.json", "report.html", "adapter/adapter_config.json"}
+    paths = {"report.json", "report.html", "recipe.py", "adapter/adapter_config.json"}
+    assert {file["path"] for file in listed} == paths
     for file in listed:
         content = client.get(f"/v1/recoveries/{finished}/artifacts/{file['path']}").content
         assert (len(content), hashlib.sha256(content).hexdigest()) == (file["size"], file["sha256"])

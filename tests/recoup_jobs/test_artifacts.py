@@ -43,11 +43,17 @@ def test_nothing_is_opened_that_the_manifest_does_not_name(folder, source, path)
         open_artifact(folder, path)
 
 
-@pytest.mark.parametrize("path", ["weights.bin", "run.py", "state.pt", "noext", "a.safetensors.pkl"])
+@pytest.mark.parametrize(
+    "path", ["weights.bin", "run.py", "state.pt", "noext", "a.safetensors.pkl", "model/recipe.py"]
+)
 def test_a_format_that_can_carry_code_is_never_published(folder, source, path):
     with pytest.raises(ValueError, match="no format that is served"):
         publish(folder, {path: source})
     assert not folder.exists()
+
+
+def test_the_recipe_is_the_one_script_that_is_published(folder, source):
+    assert [artifact.path for artifact in publish(folder, {"recipe.py": source})] == ["recipe.py"]
 
 
 @pytest.mark.parametrize("path", ["/etc/a.json", "../a.json", "a//b.json", ".hidden.json", "manifest.json"])

@@ -1,8 +1,18 @@
 import json
 
+import numpy
 import pytest
+from safetensors.numpy import save_file
 
-from recoup.schemas import EvaluationSpec, FilePrompts, ModelRef
+from recoup.schemas import (
+    EvaluationSpec,
+    FilePrompts,
+    MethodSpec,
+    ModelRef,
+    OutputSpec,
+    TaskSpec,
+    TrainingSpec,
+)
 from recoup_jobs.datasets import store_file
 from recoup_jobs.errors import Unprocessable
 from recoup_jobs.preflight import preflight
@@ -156,6 +166,73 @@ def test_the_number_of_layers_may_differ(findings, student):
     assert findings() == []
 
 
+def test_the_width_between_two_layers_may_differ(findings, student):
+    write_json(student / "config.json", CONFIG | {"intermediate_size": 6})
+    assert findings() == []
+
+
+@pytest.fixture
+def quantize(student):
+    """Gives the student this entry of its configuration, and bytes for weights."""
+
+    def quantize(**packing):
+        write_json(student / "config.json", CONFIG | {"quantization_config": packing})
+        save_file(
+            {"w": numpy.zeros((6, 1), numpy.uint8), "w.absmax": numpy.zeros(1, numpy.float32)},
+            student / "model.safetensors",
+        )
+
+    return quantize
+
+
+@pytest.mark.parametrize(
+    "packing",
+    [
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        {"load_in_8bit": True},
+        {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}},
+        {"quant_method": "gptq", "bits": 4},
+        {"quant_method": "awq", "bits": 4},
+        {"quant_method": "compressed-tensors"},
+        {"quant_method": "fp8"},
+    ],
+)
+def test_a_student_with_packed_weights_passes_and_keeps_them(findings, quantize, packing):
+    quantize(**packing)
+    assert findings() == []
+    assert findings(training=TrainingSpec(mode="full"), output=OutputSpec(kind="merged")) == [
+        ("/training/mode", "unsupported_request"),
+        ("/output/kind", "unsupported_request"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("mode", "refused"), [("auto", False), ("lora", False), ("dora", False), ("full", True), ("norms", True)]
+)
+def test_only_adapters_are_trained_beside_packed_weights(findings, student, quantize, mode, refused):
+    training = TrainingSpec(mode=mode)
+    assert findings(training=training) == []
+    quantize(quant_method="bitsandbytes", load_in_4bit=True)
+    assert findings(training=training) == ([("/training/mode", "unsupported_request")] if refused else [])
+
+
+@pytest.mark.parametrize("packing", [{"quant_method": "quanto"}, {"quant_method": ["gptq"]}, {}, 4])
+def test_weights_that_nothing_can_train_beside_are_refused(
+    ledger, settings, asked, student, teacher, packing
+):
+    for model, pointer in ((student, STUDENT), (teacher, "/teacher/source")):
+        write_json(model / "config.json", CONFIG | {"quantization_config": packing})
+        with pytest.raises(Unprocessable, match=r"use bitsandbytes, torchao, gptq") as refusal:
+            preflight(asked, ledger, settings)
+        assert (refusal.value.items[-1].pointer, refusal.value.code) == (pointer, "unsupported_quantization")
+
+
+def test_a_packed_teacher_asks_nothing_of_the_training(findings, student, teacher):
+    packing = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    write_json(teacher / "config.json", CONFIG | {"quantization_config": packing})
+    assert findings(training=TrainingSpec(mode="full")) == []
+
+
 @pytest.mark.parametrize(
     "tokenizer",
     [
@@ -218,6 +295,60 @@ def test_files_must_be_there_and_hold_what_they_are_used_for(findings, student, 
         ("/prompts/file", "wrong_rows"),
         ("/keep/file", "file_not_found"),
         ("/evaluation/natural_text/file", "wrong_rows"),
+    ]
+
+
+@pytest.mark.parametrize("method", ["sft", "rewrite_sft"])
+def test_a_method_that_learns_from_references_needs_one(findings, student, upload, method):
+    wanted = {"method": MethodSpec(type=method)}
+    bare = prompts(60)
+    assert findings(**wanted) == [("/method/type", "missing_reference")]
+    assert findings(**wanted, prompts=upload(*bare)) == [("/method/type", "missing_reference")]
+    assert findings(**wanted, prompts=upload(*bare, {"prompt": "1+1?", "completion": "2"})) == []
+
+
+@pytest.fixture
+def task_findings(findings, student, upload):
+    """What preflight says of tasks with these matches, each with the file of these rows, or of this id."""
+
+    def run(*tasks):
+        specs = [
+            TaskSpec(
+                name=f"t{index}", file=rows if isinstance(rows, str) else upload(*rows).file, match=match
+            )
+            for index, (match, rows) in enumerate(tasks)
+        ]
+        return findings(evaluation=EvaluationSpec(tasks=specs))
+
+    return run
+
+
+def test_a_task_has_a_reference_in_every_row(task_findings):
+    sums = [{"prompt": "1+1?", "completion": "2"}, {"prompt": "1+2?", "completion": "3"}]
+    chat = {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "It is 4."}]}
+    assert task_findings(("exact", sums), ("contains", [chat]), ("number", [*sums, chat])) == []
+
+
+@pytest.mark.parametrize(
+    ("match", "row"),
+    [
+        ("exact", {"prompt": "1+1?"}),
+        ("contains", {"prompt": "1+1?", "completion": " "}),
+        ("exact", {"messages": [{"role": "user", "content": "1+1?"}]}),
+        ("number", {"prompt": "1+1?", "completion": "two"}),
+    ],
+)
+def test_a_task_with_a_row_that_no_answer_can_match_is_refused(task_findings, match, row):
+    sound = {"prompt": "1+2?", "completion": "3"}
+    found = task_findings((match, [sound]), (match, [sound, row]))
+    assert found == [("/evaluation/tasks/1/file", "missing_reference")]
+
+
+def test_a_task_must_be_a_file_of_prompts(task_findings):
+    found = task_findings(("exact", [{"text": "It rained."}]), ("exact", "file-" + "0" * 24))
+    assert found == [
+        ("/evaluation/tasks/0/file", "wrong_rows"),
+        ("/evaluation/tasks/1/file", "file_not_found"),
     ]
 
 

@@ -10,7 +10,7 @@ import random
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from recoup.schemas import CreateRecovery, Message, Prompt, Stage
 from recoup_ml import injure, models
 from recoup_ml.generate import LocalEngine
-from recoup_ml.run import Run
+from recoup_ml.run import Run, Task
 from recoup_ml.sequences import Answered, collate, encode
 from recoup_ml.tickets import NAMES, OPENINGS, QUEUES
 
@@ -168,6 +168,10 @@ def cut_two_of_four(model: PreTrainedModel) -> None:
             fours.scatter_(1, fours.abs().topk(2, dim=1, largest=False).indices, 0.0)
 
 
+def task_texts() -> list[str]:
+    return [f"{prompt.messages[0].content} {prompt.completion}" for prompt in task_prompts(300, seed=9)]
+
+
 def drop_third_layer(model: PreTrainedModel) -> None:
     del model.model.layers[2]
     model.config.num_hidden_layers = 3
@@ -177,7 +181,12 @@ DAMAGES: dict[str, Callable[[Path, Path], None]] = {
     "finetuned": lambda teacher, student: change(teacher, student, add_noise),
     "forgetful": lambda teacher, student: injure.finetune(teacher, student, steps=20, rate=3e-3),
     "rounded": lambda teacher, student: injure.quantize(teacher, student, bits=3, group=32),
+    "nf4": injure.pack_nf4,
     "pruned": injure.prune,
+    "wanda": lambda teacher, student: injure.wanda(teacher, student, texts=task_texts()),
+    "wanda-24": lambda teacher, student: injure.wanda(teacher, student, pattern="2:4", texts=task_texts()),
+    "narrow": lambda teacher, student: injure.cut_channels(teacher, student, texts=task_texts()),
+    "dropped": lambda teacher, student: injure.drop_layers(teacher, student, 1, texts=task_texts()),
     "pruned-2:4": lambda teacher, student: change(teacher, student, cut_two_of_four),
     "shallow": lambda teacher, student: change(teacher, student, drop_third_layer),
     "round-trip": injure.round_trip,
@@ -232,16 +241,16 @@ def answered(
 
 @pytest.fixture(scope="session")
 def natural_text() -> list[str]:
-    return [f"{prompt.messages[0].content} {prompt.completion}" for prompt in task_prompts(300, seed=9)]
+    return task_texts()
 
 
 @pytest.fixture(scope="session")
 def make_run(
     teacher: Path, student: Callable[[str], Path], prompts: list[Prompt], natural_text: list[str]
 ) -> Callable[..., Run]:
-    """`make_run("pruned", keep=…, training={…})`: a recovery of that student, small enough for a test."""
+    """A student's recovery, small enough for a test: `make_run("pruned", keep=…, tasks=…, training={…})`."""
 
-    def make(damage: str, keep: list[Prompt] | None = None, **request: object) -> Run:
+    def make(damage: str, keep: Sequence[Prompt] = (), tasks: Sequence[Task] = (), **request: object) -> Run:
         asked = {
             "student": {"source": damage},
             "teacher": {"source": "teacher"},
@@ -255,7 +264,8 @@ def make_run(
             teacher=teacher,
             request=CreateRecovery.model_validate(asked | request),
             prompts=prompts,
-            keep=keep or [],
+            keep=keep,
+            tasks=tasks,
             natural_text=natural_text,
             vllm_url=None,
         )

@@ -6,11 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, MptConfig, MptForCausalLM, PreTrainedModel
 
 from recoup_ml import injure, models
 from recoup_ml.damage import inspect
 from recoup_ml.errors import IncompatibleModels
+from recoup_ml.packed import PlainWeights
+from recoup_ml.weights import Weights, block_of
 
 Student = Callable[[str], Path]
 MakeModel = Callable[..., PreTrainedModel]
@@ -24,6 +28,10 @@ SAME_LAYERS = [(layer, layer) for layer in range(4)]
         ("forgetful", "finetuning", "none", 0.0),
         ("round-trip", "finetuning", "none", 0.0),
         ("rounded", "quantization", "none", 0.0),
+        ("nf4", "quantization", "none", 0.09),
+        ("narrow", "pruning", "none", 0.0),
+        ("wanda", "pruning", "unstructured", 0.5),
+        ("wanda-24", "pruning", "2:4", 0.5),
         ("pruned", "pruning", "unstructured", 0.5),
         ("pruned-2:4", "pruning", "2:4", 0.5),
         ("copy", "none", "none", 0.0),
@@ -36,6 +44,7 @@ def test_each_damage_is_recognised(
     assert (found.kind, found.zero_pattern, found.missing_layers) == (kind, pattern, 0)
     assert found.zero_fraction == pytest.approx(zeros, abs=0.01)
     assert found.layer_map == SAME_LAYERS
+    assert len(found.distance_by_layer) == 4
 
 
 @pytest.mark.parametrize(
@@ -45,6 +54,7 @@ def test_each_damage_is_recognised(
         ("pruned", "50.0% of the linear weights are exactly zero (unstructured)."),
         ("pruned-2:4", "50.0% of the linear weights are exactly zero (2:4)."),
         ("shallow", "1 of the teacher's decoder layers are missing."),
+        ("narrow", "9.4% of the blocks' inner channels are gone (58 of 64 left)."),
     ],
 )
 def test_the_evidence_says_what_was_seen(damage: str, evidence: str, student: Student, teacher: Path) -> None:
@@ -133,6 +143,67 @@ def test_a_quantization_that_the_config_names_is_believed(
     assert "The config names the quantization method awq." in found.evidence
 
 
+@pytest.mark.parametrize("bits", [3, 4])
+def test_zeros_that_are_a_level_of_quantization_are_no_pruning(
+    bits: int, teacher: Path, tmp_path: Path
+) -> None:
+    def round_around_zero(model: PreTrainedModel) -> None:
+        for linear in linears(model):
+            step = linear.weight.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+            linear.weight.copy_((linear.weight / step).round() * step)
+
+    change(teacher, tmp_path / "student", round_around_zero)
+    found = inspect(tmp_path / "student", teacher)
+    assert found.zero_fraction > 0.05
+    assert (found.kind, found.zero_pattern) == ("quantization", "none")
+
+
+def test_the_distance_of_packed_weights_is_that_of_what_they_stand_for(
+    student: Student, teacher: Path
+) -> None:
+    found = inspect(student("nf4"), teacher)
+    mine, theirs = PlainWeights(student("nf4")), Weights(teacher)
+    difference = torch.cat([(mine[name] - theirs[name]).flatten() for name in theirs]).norm()
+    norm = torch.cat([theirs[name].flatten() for name in theirs]).norm()
+    assert found.weight_distance == pytest.approx(float(difference / norm), rel=1e-4)
+    assert found.distance_by_layer == pytest.approx([0.09] * 4, abs=0.02)
+    assert found.evidence[1] == "The config names the quantization method bitsandbytes."
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors", "torchao", "hqq", "fp8"])
+@pytest.mark.parametrize("damage", ["copy", "shallow"])
+def test_weights_that_only_their_quantizer_reads_are_compared_with_nothing(
+    method: str, damage: str, student: Student, teacher: Path, tmp_path: Path
+) -> None:
+    pack_strangely(student(damage), tmp_path / "student", method)
+    found = inspect(tmp_path / "student", teacher)
+    assert found.kind == ("quantization" if damage == "copy" else "pruning")
+    assert found.layer_map == (SAME_LAYERS if damage == "copy" else [(0, 0), (1, 1), (2, 3)])
+    assert found.weight_distance is None
+    assert found.distance_by_layer == [0.0] * len(found.layer_map)
+    assert (found.zero_fraction, found.zero_pattern) == (0.0, "none")
+    assert f"The config names the quantization method {method}." in found.evidence
+    assert "Only their quantizer can read" in found.evidence[0]
+
+
+def pack_strangely(plain: Path, folder: Path, method: str) -> None:
+    """The layout of `method`: block matrices under other names, or under their own as scaled bytes."""
+    packed = {}
+    for name in (weights := Weights(plain)):
+        weight, stem = weights[name], name.removesuffix(".weight")
+        if block_of(name) is None or weight.dim() != 2:
+            packed[name] = weight
+        elif method == "fp8":
+            packed |= {name: weight.to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.ones(1, 1)}
+        else:
+            packed |= {f"{stem}.qweight": weight.int(), f"{stem}.scales": weight[:, :1].half()}
+    folder.mkdir()
+    save_file(packed, folder / "model.safetensors")
+    config = json.loads((plain / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def test_a_student_tuned_from_a_coarse_teacher_is_not_called_quantized(
     student: Student, tmp_path: Path
 ) -> None:
@@ -177,12 +248,57 @@ def test_models_without_a_common_tensor_are_refused(
         inspect(tmp_path / "student", teacher)
 
 
-def test_a_student_that_is_both_shallower_and_narrower_is_refused_in_a_sentence(
+def test_a_student_that_is_both_shallower_and_narrower_is_mapped_by_what_kept_its_shape(
+    student: Student, teacher: Path, tmp_path: Path
+) -> None:
+    change(student("narrow"), tmp_path / "student", lambda model: injure.keep_blocks(model, [0, 2, 3]))
+    found = inspect(tmp_path / "student", teacher)
+    assert (found.kind, found.missing_layers) == ("pruning", 1)
+    assert found.layer_map == [(0, 0), (1, 2), (2, 3)]
+
+
+def test_a_shallower_student_whose_every_weight_has_another_shape_is_refused_in_a_sentence(
     make_model: MakeModel, teacher: Path, tmp_path: Path
 ) -> None:
-    make_model(layers=2, intermediate_size=48).save_pretrained(tmp_path / "student")
-    with pytest.raises(IncompatibleModels):
+    make_model(layers=2, hidden_size=16).save_pretrained(tmp_path / "student")
+    with pytest.raises(IncompatibleModels, match="cannot be told apart"):
         inspect(tmp_path / "student", teacher)
+
+
+def test_a_student_wider_than_its_teacher_is_refused(
+    make_model: MakeModel, teacher: Path, tmp_path: Path
+) -> None:
+    make_model(intermediate_size=96).save_pretrained(tmp_path / "student")
+    with pytest.raises(IncompatibleModels, match=r"96\), larger than its teacher's"):
+        inspect(tmp_path / "student", teacher)
+
+
+@pytest.mark.parametrize("smaller", ["narrow", "shallow"])
+def test_zeros_of_a_smaller_student_are_counted_in_all_its_matrices(
+    smaller: str, student: Student, teacher: Path, tmp_path: Path
+) -> None:
+    change(student(smaller), tmp_path / "student", cut_two_of_four)
+    found = inspect(tmp_path / "student", teacher)
+    assert (found.kind, found.zero_fraction) == ("pruning", 0.5)
+    # 58 inputs are no multiple of four, so the pattern cannot hold in a narrow model's down_proj
+    assert found.zero_pattern == ("2:4" if smaller == "shallow" else "unstructured")
+
+
+def cut_two_of_four(model: PreTrainedModel) -> None:
+    for linear in linears(model):
+        fours = linear.weight.view(-1, 4)
+        fours.scatter_(1, fours.abs().topk(2, dim=1, largest=False).indices, 0.0)
+
+
+def linears(model: PreTrainedModel) -> list[nn.Linear]:
+    return [module for module in model.model.layers.modules() if isinstance(module, nn.Linear)]
+
+
+def change(before: Path, after: Path, edit: Callable[[PreTrainedModel], None]) -> None:
+    model = models.load(before)
+    with torch.no_grad():
+        edit(model)
+    model.save_pretrained(after)
 
 
 def test_a_student_deeper_than_its_teacher_is_refused(

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from recoup.schemas import Alignment, Estimate, Report
-from recoup_ml.evaluate import disagreements
+from recoup.schemas import Alignment, Estimate, Measure, Report
+from recoup_ml.evaluate import disagreements, out_of_reach
 
 
 @pytest.fixture
@@ -37,3 +37,32 @@ def test_measures_that_agree_or_cannot_tell_are_left_in_peace(alignment: Alignme
     assert disagreements(estimate(0.7), alignment) == []
     assert disagreements(estimate(0.7), unsure) == []
     assert disagreements(None, alignment) == []
+
+
+def measured(name: str, recovered: float | None = None) -> Measure:
+    return Measure(
+        name=name,
+        label=name.removeprefix("task:"),
+        unit="share",
+        better="higher",
+        n=64,
+        teacher=0.8,
+        before=0.2,
+        after=0.4,
+        recovered=None if recovered is None else estimate(recovered),
+        retained=None,
+        guarded=True,
+        worse=False,
+    )
+
+
+def test_a_task_that_stays_short_of_the_teacher_though_the_gap_is_closed_is_named() -> None:
+    found = [measured("kl", 0.93), measured("task:sums"), measured("task:capitals")]
+    (sentence,) = out_of_reach(found, ["task:sums"])
+    for part in ("Not recoverable at this size", "sums, stays at 0.4", "teacher's 0.8", "93%"):
+        assert part in sentence
+
+
+@pytest.mark.parametrize("recovered", [0.89, None])
+def test_a_task_that_more_training_may_bring_back_is_left_in_peace(recovered: float | None) -> None:
+    assert out_of_reach([measured("kl", recovered), measured("task:sums")], ["task:sums"]) == []

@@ -6,12 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
     GraniteConfig,
     GraniteForCausalLM,
+    LlamaConfig,
+    MixtralConfig,
+    OPTConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen3Config,
 )
 
 from recoup_ml import models
@@ -100,3 +107,44 @@ def test_batches_are_filled_with_padding_or_the_end_token_or_zero(teacher: Path)
     assert models.pad_id(tokenizer) == 2
     tokenizer.eos_token = None
     assert models.pad_id(tokenizer) == 0
+
+
+FAMILIES = {
+    "llama": lambda: LlamaConfig(**SHAPE),
+    "qwen": lambda: Qwen3Config(**SHAPE, head_dim=8),
+    "gemma": lambda: Gemma3TextConfig(**SHAPE, head_dim=8, sliding_window=4),
+    "gpt2": lambda: GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4),
+    "opt": lambda: OPTConfig(
+        vocab_size=64,
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    ),
+    "mixtral": lambda: MixtralConfig(**SHAPE, num_local_experts=4),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_that_is_packed_keeps_its_sequences_apart(family: str) -> None:
+    """A pack's hidden states are those of each sequence alone, whatever stands before it."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family]()).eval()
+    if not models.can_pack(model):
+        pytest.skip(f"{family} attends across sequences in one row; it is padded instead")
+    parts = [torch.randint(3, 64, (1, size)) for size in (5, 9, 2, 7)]
+    places = torch.cat([torch.arange(part.shape[1]) for part in parts]).unsqueeze(0)
+    with torch.inference_mode():
+        together = models.last_hidden(model, torch.cat(parts, 1), None, places)
+        alone = torch.cat([models.last_hidden(model, part, torch.ones_like(part)) for part in parts], 1)
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_ignores_places_is_found_out(
+    healthy: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = models.last_hidden
+    assert models.can_pack(healthy)
+    monkeypatch.setattr(models, "last_hidden", lambda model, ids, mask, places=None: plain(model, ids, mask))
+    assert not models.can_pack(healthy)

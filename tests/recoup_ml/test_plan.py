@@ -4,7 +4,7 @@ import pytest
 
 from recoup.schemas import CreateRecovery, DamageReport
 from recoup_ml.errors import UnsupportedRequest
-from recoup_ml.plan import RECIPES, Plan, make_plan
+from recoup_ml.plan import DATA, REPAIRS, RULES, Phase, Plan, make_plan
 
 
 def damage(kind: str, pattern: str = "none") -> DamageReport:
@@ -32,30 +32,63 @@ def plan(found: DamageReport, available: int = 100, **request: object) -> Plan:
         (damage("quantization"), "lora", "adapter", False),
         (damage("pruning", "unstructured"), "full", "merged", True),
         (damage("pruning", "2:4"), "full", "merged", True),
-        (damage("pruning"), "lora", "adapter", False),
+        (damage("pruning"), "full", "merged", False),
         (damage("none"), "lora", "adapter", False),
     ],
 )
 def test_auto_decides_by_the_damage(found: DamageReport, mode: str, output: str, keep_zeros: bool) -> None:
     made = plan(found)
-    assert (made.method, made.mode, made.output, made.keep_zeros) == (
-        "off_policy",
-        mode,
-        output,
-        keep_zeros,
-    )
+    rule = RULES["finetuning" if found.kind == "none" else found.kind]
+    assert made.method == rule.method
+    assert (made.trainable.mode, made.output, made.trainable.keep_zeros) == (mode, output, keep_zeros)
+    assert made.divergence.name == "forward_kl"
 
 
-@pytest.mark.parametrize("kind", RECIPES)
-def test_steps_and_rate_are_those_seen_to_work(kind: str) -> None:
-    lora, full = plan(damage(kind)), plan(damage(kind), training={"mode": "full"})
-    assert lora.steps == full.steps == RECIPES[kind].steps
-    assert (lora.learning_rate, full.learning_rate) == (RECIPES[kind].lora_rate, RECIPES[kind].full_rate)
+@pytest.mark.parametrize("kind", RULES)
+@pytest.mark.parametrize("mode", ["lora", "dora", "full", "norms"])
+def test_steps_and_rate_are_those_seen_to_work(kind: str, mode: str) -> None:
+    made = plan(damage(kind), method={"type": "off_policy"}, training={"mode": mode})
+    assert made.phases == (Phase("teacher", RULES[kind].steps, RULES[kind].rates[mode]),)
+
+
+@pytest.mark.parametrize("method", DATA)
+def test_a_trained_method_learns_from_the_answers_it_is_known_for(method: str) -> None:
+    made = plan(damage("finetuning"), method={"type": method}, training={"steps": 30, "learning_rate": 1e-3})
+    assert tuple(phase.data for phase in made.phases) == DATA[method]
+    assert made.steps == 30
+
+
+def test_the_second_stage_is_gentle_and_on_probation() -> None:
+    first, second = plan(damage("finetuning"), method={"type": "two_stage"}).phases
+    assert second.probation and not first.probation
+    assert second.steps < first.steps
+    assert second.learning_rate < first.learning_rate
+
+
+@pytest.mark.parametrize(("kind", "others"), [("finetuning", "pruning"), ("pruning", "quantization")])
+def test_a_repair_of_another_damage_is_refused(kind: str, others: str) -> None:
+    for method in REPAIRS[others]:
+        with pytest.raises(UnsupportedRequest, match=f"{method} does not repair {kind}"):
+            plan(damage(kind), method={"type": method})
+
+
+@pytest.mark.parametrize("kind", REPAIRS)
+def test_a_repair_plans_no_training(kind: str) -> None:
+    for method in REPAIRS[kind]:
+        made = plan(damage(kind), method={"type": method})
+        assert made.phases == () and made.steps == 0
+        assert made.output == ("adapter" if method == "low_rank_patch" else "merged")
+        assert {choice.name for choice in made.choices} == {"damage", "method", "output"}
+
+
+def test_a_repair_in_place_gives_no_adapter() -> None:
+    with pytest.raises(UnsupportedRequest, match="changes weights in place"):
+        plan(damage("finetuning"), method={"type": "interpolate"}, output={"kind": "adapter"})
 
 
 def test_an_adapter_goes_everywhere_unless_told_otherwise() -> None:
-    made = plan(damage("finetuning"))
-    assert (made.targets, made.rank, made.alpha) == ("all-linear", 16, 32)
+    trainable = plan(damage("finetuning")).trainable
+    assert (trainable.targets, trainable.rank, trainable.alpha) == ("all-linear", 16, 32)
 
 
 def test_a_drift_without_a_known_mark_is_treated_as_fine_tuning() -> None:
@@ -76,9 +109,11 @@ def test_what_was_asked_for_wins() -> None:
         },
         output={"kind": "merged"},
     )
-    assert (made.damage, made.mode, made.output) == ("quantization", "full", "merged")
-    assert (made.steps, made.learning_rate, made.batch_size, made.temperature) == (7, 3e-6, 5, 2.0)
-    assert (made.rank, made.alpha, made.targets, made.answers) == (4, 9, ["q_proj"], 35)
+    assert (made.damage, made.trainable.mode, made.output) == ("quantization", "full", "merged")
+    assert made.phases == (Phase("teacher", 7, 3e-6),)
+    assert (made.batch_size, made.divergence.temperature, made.answers("teacher")) == (5, 2.0, 35)
+    trainable = made.trainable
+    assert (trainable.rank, trainable.alpha, trainable.targets) == (4, 9, ["q_proj"])
     reasons = {choice.name: choice.why for choice in made.choices}
     assert {reasons[name] for name in ("damage", "mode", "steps", "learning_rate", "batch_size")} == {
         "as requested"
@@ -87,13 +122,20 @@ def test_what_was_asked_for_wins() -> None:
 
 @pytest.mark.parametrize("rate", [1e-05, 0.1, 1 / 3, 10.0])
 def test_a_rate_is_taken_to_the_last_digit(rate: float) -> None:
-    assert plan(damage("finetuning"), training={"learning_rate": rate}).learning_rate == rate
+    (phase,) = plan(damage("finetuning"), training={"learning_rate": rate}).phases
+    assert phase.learning_rate == rate
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
-def test_merging_an_adapter_into_a_pruned_student_is_refused(pattern: str) -> None:
-    with pytest.raises(UnsupportedRequest, match="fill the student's pruned zeros"):
-        plan(damage("pruning", pattern), training={"mode": "lora"}, output={"kind": "merged"})
+def test_an_adapter_that_is_merged_into_a_pruned_student_is_masked(pattern: str) -> None:
+    made = plan(damage("pruning", pattern), training={"mode": "lora"}, output={"kind": "merged"})
+    assert made.trainable.keep_zeros
+    assert "masked lora" in {choice.value for choice in made.choices}
+
+
+def test_dora_cannot_hold_zeros() -> None:
+    with pytest.raises(UnsupportedRequest, match="cannot hold a pruned student's zeros"):
+        plan(damage("pruning", "2:4"), training={"mode": "dora"}, output={"kind": "merged"})
 
 
 def test_an_adapter_beside_a_pruned_student_is_allowed() -> None:
@@ -113,11 +155,27 @@ def test_a_batch_is_no_larger_than_what_there_is() -> None:
     assert [plan(damage("finetuning"), available=n).batch_size for n in (3, 8, 100)] == [3, 8, 8]
 
 
+@pytest.mark.parametrize(
+    ("kind", "asked", "start"),
+    [
+        ("finetuning", "auto", "student"),
+        ("quantization", "auto", "repair"),
+        ("pruning", "auto", "repair"),
+        ("finetuning", "repair", "repair"),
+        ("pruning", "student", "student"),
+    ],
+)
+def test_training_starts_from_a_repair_where_no_skill_is_at_stake(kind: str, asked: str, start: str) -> None:
+    assert plan(damage(kind), training={"start": asked}).start == start
+
+
 def test_every_choice_has_its_reason() -> None:
     made = plan(damage("pruning", "2:4"))
     assert [choice.name for choice in made.choices] == [
         "damage",
         "method",
+        "objective",
+        "start",
         "mode",
         "learning_rate",
         "steps",

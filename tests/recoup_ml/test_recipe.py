@@ -1,7 +1,7 @@
 """Whole recoveries of a tiny model: every outcome, what is handed over, and what a crash costs."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,16 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from recoup.schemas import Alignment, ChatRow, Message, Outcome, Prompt, Report
-from recoup_ml import models
+from recoup.schemas import Alignment, ChatRow, Message, Outcome, Prompt, Report, TaskSpec
+from recoup_ml import diagnose, models, verdict
 from recoup_ml.errors import EmptyDataset, RecoveryError
 from recoup_ml.generate import LocalEngine
 from recoup_ml.recipe import recover
-from recoup_ml.run import Run
+from recoup_ml.run import Run, Task
 from recoup_ml.sequences import Encoded, encode
 from recoup_ml.tickets import ticket_rows
-from recoup_ml.weights import Weights, block_of
+from recoup_ml.training import VALIDATIONS
+from recoup_ml.weights import Weights, block_of, zeros_filled
 
 Student = Callable[[str], Path]
 STAGES = ["diagnose", "generate", "distil", "evaluate", "package"]
@@ -123,7 +124,7 @@ def test_a_forgetful_student_gets_its_ability_back(forgetful: Finished) -> None:
 
 @pytest.mark.parametrize("damage", ["finetuned", "rounded", "shallow"])
 def test_every_damage_comes_to_an_outcome_of_training(damage: str, finish: Callable[..., Finished]) -> None:
-    found = finish(damage, **LENIENT)
+    found = finish(damage, training={"steps": 24, "stop_early": False}, **LENIENT)
     assert found.outcome in {"recovered", "partial", "no_gain"}
     assert found.journal.ran == STAGES
     assert found.report.training.steps == 24
@@ -168,13 +169,15 @@ def test_an_absurd_learning_rate_publishes_a_report_and_no_weights(
     assert found.outcome in {"regressed", "no_gain"}
     assert not found.report.promoted
     assert found.weights is None
-    assert found.journal.published.keys() == REPORT_FILES | {"rewrites.jsonl"}
+    assert found.journal.published.keys() == REPORT_FILES | {"rewrites.jsonl", "recipe.py"}
 
 
 def test_a_recovery_publishes_everything_it_can_show(forgetful: Finished) -> None:
     published = forgetful.journal.published
     assert published.keys() >= REPORT_FILES | {
         "rewrites.jsonl",
+        "keep.jsonl",
+        "recipe.py",
         "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",
         "adapter/tokenizer.json",
@@ -252,7 +255,7 @@ def test_what_is_published_names_no_folder_of_this_machine(any_recovery: Finishe
     texts = [
         path
         for path in any_recovery.journal.published.values()
-        if path.suffix in {".json", ".jsonl", ".md", ".html", ".svg", ".jinja"}
+        if path.suffix in {".json", ".jsonl", ".md", ".html", ".svg", ".jinja", ".py"}
     ]
     assert [path.name for path in texts if home in path.read_text()] == []
 
@@ -296,7 +299,7 @@ def test_every_stage_tells_its_progress_from_start_to_end(forgetful: Finished) -
     by_unit: dict[tuple[int, str], list[int]] = {}
     for done, total, unit in forgetful.journal.told:
         by_unit.setdefault((total, unit), []).append(done)
-    assert len(by_unit) == 4
+    assert len(by_unit) == 5
     for (total, _), done in by_unit.items():
         assert done == sorted(done)
         assert done[-1] == total
@@ -305,12 +308,14 @@ def test_every_stage_tells_its_progress_from_start_to_end(forgetful: Finished) -
 def test_the_training_curve_is_told_as_it_grows(forgetful: Finished) -> None:
     names = [metric["name"] for metric in forgetful.journal.metrics]
     assert names.count("train") == 40
-    assert names.count("validation") == 4
+    assert names.count("validation") == VALIDATIONS
     assert all(isinstance(metric["step"], int) for metric in forgetful.journal.metrics)
 
 
 def numbers(report: Report) -> dict[str, object]:
-    return report.model_dump(exclude={"created_at", "cost"})
+    """All that a report says, times aside."""
+    times = {"created_at": True, "cost": True, "repairs": {"__all__": {"seconds"}}}
+    return report.model_dump(exclude=times | {"training": {"phases": {"__all__": {"seconds"}}}})
 
 
 @pytest.mark.parametrize("breaks_in", ["generate", "distil", "evaluate"])
@@ -407,11 +412,146 @@ def test_natural_text_shorter_than_a_window_is_refused_before_anything_is_traine
         recover(run, open_journal(tmp_path))
 
 
-def test_a_combination_that_would_fill_zeros_is_refused_before_anything_is_answered(
+def test_a_method_for_another_damage_is_refused_before_anything_is_answered(
     make_run: Callable[..., Run], open_journal: type, tmp_path: Path
 ) -> None:
-    run = make_run("pruned", training={"mode": "lora"}, output={"kind": "merged"})
+    run = make_run("pruned", method={"type": "interpolate"})
     journal = open_journal(tmp_path)
-    with pytest.raises(RecoveryError, match="pruned zeros"):
+    with pytest.raises(RecoveryError, match="does not repair pruning"):
         recover(run, journal)
     assert not (journal.place / "distil").exists()
+
+
+def test_a_masked_adapter_is_merged_and_the_zeros_stay(finish: Callable[..., Finished]) -> None:
+    found = finish(
+        "pruned",
+        training={"mode": "lora", "steps": 40, "learning_rate": 3e-3},
+        output={"kind": "merged"},
+        **LENIENT,
+    )
+    assert found.report.training.mode == "masked lora"
+    assert found.outcome in {"recovered", "partial"}
+    assert zeros_filled(found.run.student, found.weights) == 0
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd", "skew_kl"])
+def test_every_divergence_brings_the_student_nearer(divergence: str, finish: Callable[..., Finished]) -> None:
+    found = finish("finetuned", method={"divergence": divergence}, training={"steps": 40}, **LENIENT)
+    assert found.report.training.phases[0].objective.startswith(divergence)
+    assert found.outcome in {"recovered", "partial"}
+
+
+def test_the_teachers_top_is_nearly_as_good_as_the_whole(finish: Callable[..., Finished]) -> None:
+    whole, top = (
+        finish("finetuned", method={"type": "off_policy", "top_k": k}, training={"steps": 40}, **LENIENT)
+        for k in (None, 16)
+    )
+    assert top.report.recovered.value > 0.8 * whole.report.recovered.value > 0
+
+
+def test_a_student_learns_from_its_own_answers(finish: Callable[..., Finished]) -> None:
+    found = finish(
+        "finetuned",
+        method={"type": "on_policy", "divergence": "reverse_kl"},
+        training={"steps": 40},
+        **LENIENT,
+    )
+    (phase,) = found.report.training.phases
+    assert (phase.data, phase.objective) == ("student", "reverse_kl")
+    assert found.outcome in {"recovered", "partial"}
+
+
+def test_the_second_stage_follows_the_first(finish: Callable[..., Finished]) -> None:
+    found = finish("finetuned", method={"type": "two_stage"}, training={"steps": 40}, **LENIENT)
+    first, second = found.report.training.phases
+    assert (first.data, second.data) == ("teacher", "student")
+    assert second.steps <= second.planned_steps
+    assert found.outcome in {"recovered", "partial"}
+
+
+@pytest.mark.parametrize("method", ["sft", "rewrite_sft"])
+def test_a_student_learns_from_texts(method: str, finish: Callable[..., Finished]) -> None:
+    found = finish("finetuned", method={"type": method}, training={"steps": 40}, **LENIENT)
+    (phase,) = found.report.training.phases
+    assert phase.objective == "cross_entropy"
+    losses = [point.loss for point in found.report.training.curve]
+    assert sum(losses[-5:]) < sum(losses[:5])
+    rewrites = found.report.training.rewrites
+    assert (rewrites is None) == (method == "sft")
+    assert rewrites is None or rewrites.kept + rewrites.originals > 0
+
+
+def test_texts_cannot_be_learnt_without_references(
+    make_run: Callable[..., Run], open_journal: type, tmp_path: Path
+) -> None:
+    run = make_run("finetuned", method={"type": "sft"})
+    bare = [prompt.model_copy(update={"completion": None}) for prompt in run.prompts]
+    with pytest.raises(EmptyDataset, match="no training prompt has one"):
+        recover(replace(run, prompts=bare), open_journal(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("damage", "method"),
+    [
+        ("finetuned", "interpolate"),
+        ("finetuned", "spectral"),
+        ("finetuned", "restore_layers"),
+        ("rounded", "low_rank_patch"),
+        ("wanda", "reconstruct"),
+    ],
+)
+def test_a_repair_is_a_method_of_its_own(damage: str, method: str, finish: Callable[..., Finished]) -> None:
+    found = finish(damage, method={"type": method}, **LENIENT)
+    assert found.report.training is None
+    assert {tried.name for tried in found.report.repairs} == {method}
+    assert found.measure("kl").after is not None
+    assert found.outcome in {"recovered", "partial", "no_gain"}
+    assert (found.weights is not None) == found.report.promoted
+    assert "recipe.py" not in found.journal.published
+
+
+def test_the_best_repair_stands_beside_the_trained_student(forgetful: Finished) -> None:
+    report = forgetful.report
+    assert {tried.name for tried in report.repairs} == {"interpolate", "spectral", "restore_layers"}
+    kls = [tried.validation_kl for tried in report.repairs]
+    assert kls == sorted(kls)
+    assert report.baseline.label == report.repairs[0].label
+    gap = report.recovered.value - report.baseline.recovered.value
+    assert report.baseline.lead.value == pytest.approx(gap, abs=1e-6)
+
+
+def first_and_last(prompts: Sequence[Prompt]) -> Task:
+    """A task that the teacher can do and the forgetful student cannot."""
+    spec = {"name": "ends", "file": "file-" + "0" * 24, "max_new_tokens": 12}
+    return Task(
+        TaskSpec.model_validate(spec), [prompt for prompt in prompts if prompt.kind in {"first", "last"}]
+    )
+
+
+def test_a_task_is_measured_before_and_after_and_guarded(
+    finish: Callable[..., Finished], prompts: list[Prompt]
+) -> None:
+    asked = first_and_last(prompts)
+    task = finish("forgetful", tasks=[asked], training={"steps": 40}, **LENIENT).measure("task:ends")
+    assert (task.n, task.guarded) == (len(asked.prompts), True)
+    assert task.before < task.after <= 1
+    assert task.recovered.value > 0
+
+
+def test_a_task_deficit_makes_a_recovery_needed_though_the_divergence_is_negligible(
+    finish: Callable[..., Finished], prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verdict, "NEGLIGIBLE_NATS", 1e9)
+    assert finish("forgetful").outcome == "not_needed"
+    tasks = [first_and_last(prompts)]
+    assert finish("forgetful", tasks=tasks, training={"steps": 4}, **LENIENT).report.training
+
+
+def test_task_prompts_are_not_trained_on(make_run: Callable[..., Run]) -> None:
+    run = make_run("finetuned")
+    asked = replace(first_and_last(run.prompts), prompts=run.prompts[:60])
+    before, after = diagnose.split_prompts(run), diagnose.split_prompts(replace(run, tasks=[asked]))
+    texts = {prompt.messages[0].content for prompt in run.prompts[:60]}
+    assert not texts & {prompt.messages[0].content for prompt in (*after.train, *after.validation)}
+    assert after.test == before.test
+    assert after.task_duplicates_dropped > 0

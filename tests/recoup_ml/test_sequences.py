@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from recoup.schemas import Message, Prompt
-from recoup_ml.sequences import Answered, batches, collate, encode, read_jsonl, write_jsonl
+from recoup_ml.sequences import Answered, batches, collate, encode, packs, read_jsonl, write_jsonl
 
 
 def test_a_prompt_is_encoded_by_the_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -74,3 +74,27 @@ def test_answers_survive_a_file(tmp_path: Path) -> None:
     answers = [Answered("kind", "line\nbreak \u2028 \x85 “ü”", (1, 2), "", (3,), "length")]
     write_jsonl(tmp_path / "answers.jsonl", answers)
     assert read_jsonl(tmp_path / "answers.jsonl") == answers
+
+
+def test_packs_hold_every_sequence_once_and_no_padding(answered: list[Answered]) -> None:
+    found = list(packs(answered, 64))
+    assert sorted(row for batch in found for row in batch.rows) == list(range(len(answered)))
+    assert all(batch.ids_BT.shape[1] <= 64 for batch in found)
+    assert sum(batch.ids_BT.numel() for batch in found) == sum(map(len, answered))
+    for batch in found:
+        ids = [
+            token for row in batch.rows for token in (*answered[row].prompt_ids, *answered[row].answer_ids)
+        ]
+        assert batch.ids_BT[0].tolist() == ids
+        assert batch.places_BT[0].tolist() == [p for row in batch.rows for p in range(len(answered[row]))]
+        assert int(batch.answer_BT.sum()) == len(batch.targets_N)
+
+
+def test_a_pack_says_which_token_each_position_predicts(answered: list[Answered]) -> None:
+    (batch,) = packs(answered[:5], 10_000)
+    following = torch.cat([batch.ids_BT[0, 1:], torch.tensor([-1])])
+    assert torch.equal(following[batch.answer_BT[0]], batch.targets_N)
+
+
+def test_a_sequence_that_is_too_long_has_a_pack_of_its_own(answered: list[Answered]) -> None:
+    assert [len(batch.rows) for batch in packs(answered[:4], 1)] == [1, 1, 1, 1]

@@ -127,4 +127,19 @@ def test_half_of_keep_is_tested_at_most_as_many_as_asked(count: int, train: int,
 
 
 def test_a_split_is_a_value() -> None:
-    assert split([], 16, 8) == Split((), (), (), (), 0)
+    assert split([], 16, 8) == Split((), (), (), (), 0, 0)
+
+
+def test_what_stands_in_a_task_is_neither_trained_nor_validated_on(prompts: list[Prompt]) -> None:
+    before, task = split(prompts, 16, 64), [prompt(f" question  {n}") for n in range(50)]
+    after = split(prompts, 16, 64, task)
+    asked = {f"question {n}" for n in range(50)}
+    assert not texts([*after.train, *after.validation]) & asked
+    lost = texts([*before.train, *before.validation]) - texts([*after.train, *after.validation])
+    assert lost == texts([*before.train, *before.validation]) & asked
+    assert after.task_duplicates_dropped == len(lost) > 0
+
+
+def test_a_task_changes_nothing_about_the_test(prompts: list[Prompt]) -> None:
+    before, after = split(prompts, 128, 64), split(prompts, 128, 64, prompts[:100])
+    assert (after.test, after.test_kinds) == (before.test, before.test_kinds)

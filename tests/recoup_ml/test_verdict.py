@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from recoup.schemas import Gate, Measure
-from recoup_ml.verdict import Paired, measure, not_needed, outcome, percentile, ratio_of_sums
+from recoup_ml.verdict import Paired, deficits, measure, not_needed, outcome, percentile, ratio_of_sums
 
 GATE = Gate(min_recovered=0.5, max_regression=0.01)
 SEQUENCES = 64
@@ -51,6 +51,50 @@ def test_nothing_is_needed_below_twice_the_floor_or_a_hundredth_of_a_nat(
     before: float, floor: float, spared: bool
 ) -> None:
     assert not_needed(before, floor) is spared
+
+
+def test_a_task_with_a_deficit_needs_a_recovery_however_small_the_divergence() -> None:
+    assert not_needed(0.0, 0.0, [])
+    assert not not_needed(0.0, 0.0, ["task:sums"])
+
+
+def task(teacher: int, before: int, rows: int = SEQUENCES, name: str = "task:sums") -> Paired:
+    """So many rows answered rightly; what the student knows, its teacher knows, or the other way round."""
+
+    def right(count: int) -> np.ndarray:
+        return np.array([np.arange(rows) < count, np.ones(rows)], dtype=float).T
+
+    marks = right(teacher), right(before), None
+    return Paired(name, name, "share", "higher", ratio_of_sums(), *marks, guarded=True)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "before", "found"), [(60, 20, True), (60, 60, False), (60, 59, False), (20, 60, False)]
+)
+def test_a_deficit_is_what_a_paired_test_finds(teacher: int, before: int, found: bool) -> None:
+    assert deficits([task(teacher, before)], seed=0) == (["task:sums"] if found else [])
+
+
+def test_only_the_tasks_that_fell_are_named() -> None:
+    assert deficits([task(60, 60, name="task:a"), task(60, 9, name="task:b")], seed=0) == ["task:b"]
+
+
+def test_without_tasks_there_is_no_deficit() -> None:
+    assert deficits([], seed=0) == []
+
+
+def test_a_deficit_that_one_task_shows_by_a_hair_is_chance_among_eight() -> None:
+    narrow, healthy = task(60, 55), [task(60, 60, name=f"task:{n}") for n in range(7)]
+    assert deficits([narrow], seed=0) == ["task:sums"]
+    assert deficits([narrow, *healthy], seed=0) == []
+
+
+def test_a_task_has_a_recovered_fraction_where_it_has_a_deficit() -> None:
+    after = task(60, 50).before
+    for before, fraction in ((20, 0.75), (60, None)):
+        found = measure(replace(task(60, before), after=after), GATE, seed=0)
+        assert (found.recovered and found.recovered.value) == fraction
+        assert found.worse == (before == 60)
 
 
 @pytest.mark.parametrize(

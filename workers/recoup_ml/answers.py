@@ -1,69 +1,104 @@
 """The generate stage: the answers that the student will learn from.
 
-The teacher answers training and validation prompts; the student, as it is, answers the
-prompts of `keep`, so that it can be held to its own distribution there (a dual teacher).
-With each answer the last hidden states of who gave it are kept: no teacher is in memory
-while the student learns. Only as many prompts are answered as the plan will use.
+The teacher answers training and validation prompts, or rewrites their reference answers; the
+student, as it is, answers the prompts of `keep`, so that it can be held to its own distribution
+there (a dual teacher). With each answer the last hidden states of who gave it are kept: no
+teacher is in memory while the student learns from them. Only as many prompts are answered as
+the plan will use.
 """
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from recoup.schemas import Prompt, RewriteCounts
 from recoup_ml import diagnose, models, results
 from recoup_ml.errors import EmptyDataset
 from recoup_ml.generate import Engine, LocalEngine, usable
+from recoup_ml.lessons import Lesson, distributions, texts
 from recoup_ml.observation import Observation, observe
 from recoup_ml.plan import Plan, make_plan
 from recoup_ml.probe import KEPT, keep_tokens
+from recoup_ml.rewrite import Rewritten, rewriting, settle
 from recoup_ml.run import Counter, Done, Journal, Run
-from recoup_ml.sequences import Answered, Encoded, encode, read_jsonl, write_jsonl
+from recoup_ml.sequences import Answered, Encoded, encode, read_jsonl, with_answer, write_jsonl
 from recoup_ml.splits import split_keep
 
+CALIBRATION = 64
+"""Teacher answers that training-free repairs look at."""
+ROOM = 2
+"""A rewrite may be this many times as long as an answer."""
 
-@dataclass(frozen=True)
-class Lesson:
-    """Answers to learn from or to validate on, and the last hidden states of who gave them."""
-
-    answers: list[Answered]
-    teacher: Observation
-
-    @staticmethod
-    def load(done: Done, part: Literal["train", "validation", "keep"]) -> "Lesson":
-        """A lesson that the generate stage left."""
-        folder = done["generate"]
-        return Lesson(read_jsonl(folder / f"{part}.jsonl"), Observation.load(folder / f"{part}.safetensors"))
+Part = Literal["train", "validation", "keep"]
 
 
 def generate(run: Run, journal: Journal, done: Done, folder: Path) -> None:
-    """Fills `folder` with the plan and the lessons `train`, `validation` and, if a skill is kept, `keep`."""
+    """Fills `folder` with the plan and the answers `train`, `validation`, and as planned `keep`, `texts`."""
     tokenizer = models.load_tokenizer(run.teacher)
     parts = diagnose.split_prompts(run)
     plan = make_plan(run.request, diagnose.read(done).damage, len(parts.train))
-    chosen = parts.train[: plan.answers], parts.validation, split_keep(run.keep, KEPT)[0][: plan.answers]
+    results.write(folder / "plan.json", plan)
+    wanted = max(plan.answers("teacher"), CALIBRATION)
+    kept = split_keep(run.keep, KEPT)[0][: plan.steps * plan.batch_size]
+    chosen = parts.train[:wanted], parts.validation, kept
     train, validation, keep = (encode(part, tokenizer, run.prompt_tokens) for part in chosen)
-    counter = Counter(journal, 2 * (len(train) + len(validation) + len(keep)), "answers")
+    rewritten = _with_references(parts.train)[: plan.answers("rewrites")]
+    counter = Counter(journal, 2 * (len(train) + len(validation) + len(keep)) + len(rewritten), "answers")
     limit = run.request.generation.max_new_tokens
     teacher = _teacher(run, tokenizer)
     _answer(teacher, train, limit, folder / "train", counter)
     _answer(teacher, validation, limit, folder / "validation", counter)
+    if rewritten:
+        _rewrite(run, teacher, rewritten, tokenizer, folder, counter)
     del teacher
     models.release()
+    if plan.answers("references"):
+        references = _with_references(parts.train)[: plan.answers("references")]
+        write_jsonl(folder / "texts.jsonl", _written(run, references, tokenizer))
     if keep:
         _answer(_student(run, tokenizer), keep, keep_tokens(keep, tokenizer), folder / "keep", counter)
-    results.write(folder / "plan.json", plan)
-
-
-def has_keep(done: Done) -> bool:
-    """Whether there is a skill to be kept."""
-    return (done["generate"] / "keep.jsonl").exists()
 
 
 def read_plan(done: Done) -> Plan:
     return results.read(done["generate"] / "plan.json", Plan)
+
+
+def answered(done: Done, part: Part) -> tuple[list[Answered], Observation]:
+    """The answers of one part, and their giver as observed on them."""
+    place = done["generate"] / part
+    return read_jsonl(place.with_suffix(".jsonl")), Observation.load(place.with_suffix(".safetensors"))
+
+
+def taught(done: Done, plan: Plan) -> Lesson:
+    """The lesson on the teacher's distributions."""
+    return distributions(*answered(done, "train"), plan.top_k, plan.divergence.temperature)
+
+
+def kept(done: Done, plan: Plan) -> Lesson | None:
+    """The lesson on the damaged student's own distributions on `keep`, if there is a skill to keep."""
+    if not (done["generate"] / "keep.jsonl").exists():
+        return None
+    return distributions(*answered(done, "keep"), plan.top_k, plan.divergence.temperature)
+
+
+def written(done: Done) -> Lesson:
+    """The lesson on references, rewritten or as they are."""
+    return texts(read_jsonl(done["generate"] / "texts.jsonl"))
+
+
+def rewrite_counts(done: Done) -> RewriteCounts | None:
+    place = done["generate"] / "rewrites.jsonl"
+    if not place.exists():
+        return None
+    with place.open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    reasons = [row["reason"] for row in rows if row["source"] == "original"]
+    refused = {reason: reasons.count(reason) for reason in sorted(set(reasons))}
+    return RewriteCounts(kept=len(rows) - len(reasons), originals=len(reasons), refused=refused)
 
 
 @dataclass(frozen=True)
@@ -92,3 +127,48 @@ def _answer(speaker: Speaker, prompts: Sequence[Encoded], limit: int, place: Pat
     write_jsonl(place.with_suffix(".jsonl"), answers)
     seen = observe(speaker.model, answers, speaker.pad_id, tick=counter.part(len(prompts)))
     seen.save(place.with_suffix(".safetensors"))
+
+
+def _with_references(prompts: Sequence[Prompt]) -> list[Prompt]:
+    return [prompt for prompt in prompts if prompt.completion]
+
+
+def _rewrite(
+    run: Run,
+    teacher: Speaker,
+    prompts: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    counter: Counter,
+) -> None:
+    """Leaves the texts to learn in `texts.jsonl`, and where each comes from in `rewrites.jsonl`."""
+    asked = [rewriting(prompt) for prompt in prompts]
+    short = encode(asked, tokenizer, run.request.training.max_length)
+    limit = ROOM * run.request.generation.max_new_tokens
+    answers = teacher.engine.answer(short, limit, counter.part(len(prompts)))
+    given = {answer.prompt_ids: answer for answer in answers}
+    asked_ids = {id(item.prompt): item.ids for item in short}
+    rows, origins = [], []
+    for prompt, question in zip(prompts, asked, strict=True):
+        answer = given.get(asked_ids.get(id(question), ()))
+        text, origin = settle(prompt, answer.answer if answer else "", answer.finish if answer else "length")
+        rows.append(prompt.model_copy(update={"completion": text}))
+        origins.append(origin)
+    write_jsonl(folder / "texts.jsonl", _written(run, rows, tokenizer))
+    (folder / "rewrites.jsonl").write_text("".join(map(_line, rows, origins)), "utf-8")
+
+
+def _line(row: Prompt, origin: Rewritten) -> str:
+    shown = {"prompt": row.messages[-1].content, "answer": row.completion} | asdict(origin)
+    return json.dumps(shown, ensure_ascii=False) + "\n"
+
+
+def _written(run: Run, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[Answered]:
+    """Prompts with their reference answers, cut at the longest sequence."""
+    items = encode(prompts, tokenizer, run.prompt_tokens)
+    if not items:
+        raise EmptyDataset(
+            "This method learns from reference answers, and no training prompt has one: give `prompts` as a "
+            "file whose rows have a completion."
+        )
+    return [with_answer(item, tokenizer, run.request.training.max_length) for item in items]

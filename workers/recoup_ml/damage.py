@@ -1,132 +1,163 @@
-"""What the weights say happened to a student: zeros, levels, missing layers, distance.
+"""What the weights say happened to a student: zeros, levels, missing layers and channels, distance.
 
 The tensors of both models are read one pair at a time from their safetensors files, so a
 model of any size is inspected in the memory of its largest tensor. Kinds are told apart by
-marks that each damage leaves: pruning leaves exact zeros or fewer layers, quantization a
-config entry or few distinct levels in every small window of a row, fine-tuning neither.
+marks that each damage leaves: pruning leaves exact zeros, narrower matrices or fewer layers,
+quantization a config entry or few distinct levels, fine-tuning none of these.
 """
 
-import json
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from torch import Tensor
-
-from recoup.schemas import DamageReport
-from recoup_ml import models
+from recoup.schemas import Damage, DamageReport
+from recoup_ml import models, packed
 from recoup_ml.errors import IncompatibleModels
-from recoup_ml.weights import BLOCK, Weights, block_of
+from recoup_ml.marks import WINDOW, Marks, distance, few_levels, marks, zero_shares
+from recoup_ml.packed import PlainWeights
+from recoup_ml.weights import BLOCK, block_of
 
-WINDOW, FEW_LEVELS, SAMPLED_WINDOWS = 32, 16, 512
-MIN_ZEROS = 0.02
+LayerMap = list[tuple[int, int]]
+Pattern = Literal["none", "unstructured", "2:4"]
 
-
-@dataclass(frozen=True)
-class _Marks:
-    """What one student tensor and its teacher's show."""
-
-    block: int | None
-    squared_distance: float
-    squared_norm: float
-    size: int
-    zeros: int
-    teacher_zeros: int
-    two_of_four: bool
-    levels: float
-    teacher_levels: float
+FEW_ZEROS, FEW_ZEROS_OF_A_GRID = 0.02, 0.45
+"""Less than this is no pruning. Zero is often one of few levels: of 3-bit weights a third may be zero."""
 
 
 def inspect(student: Path, teacher: Path) -> DamageReport:
     """Compares the weights in two model folders.
 
     Raises:
-        IncompatibleModels: no tensor of the student has its like in the teacher.
+        IncompatibleModels: no tensor of the student has its like in the teacher, or the student is
+            deeper or wider than its teacher.
     """
+    mine, theirs = PlainWeights(student), PlainWeights(teacher)
     depths = models.depth(student), models.depth(teacher)
-    layer_map = _layer_map(student, teacher, depths)
-    marks = list(_compare(Weights(student), Weights(teacher), dict(layer_map)))
-    if not marks:
+    layer_map = _layer_map(mine, theirs, depths)
+    found = list(_compare(mine, theirs, dict(layer_map)))
+    if not any(mark.squared_norm for mark in found):
         raise IncompatibleModels(f"{student.name} and {teacher.name} share no tensor of one name and shape.")
-    linear = [mark for mark in marks if mark.block is not None]
-    zeros = _share(linear, "zeros")
-    pruned = zeros - _share(linear, "teacher_zeros") >= MIN_ZEROS
-    pattern = "none" if not pruned else "2:4" if all(mark.two_of_four for mark in linear) else "unstructured"
-    distance = _distance(marks)
-    missing = depths[1] - depths[0]
-    levels = _median([mark.levels for mark in linear]), _median([mark.teacher_levels for mark in linear])
-    quantized = _quantization_method(student)
-    evidence = _evidence(distance, zeros if pruned else 0.0, pattern, missing, levels, quantized)
-    if pruned or missing:
-        kind = "pruning"
-    elif quantized or (levels[0] <= FEW_LEVELS and levels[0] < levels[1]):
-        kind = "quantization"
-    else:
-        kind = "finetuning" if distance > 0 else "none"
+    linear = [mark for mark in found if mark.block is not None]
+    grid = _Grid(packed.method(student), few_levels(linear))
+    cut = _cut(linear, depths[1] - depths[0], grid.found)
+    unread = grid.method is not None and not _all_read(mine, theirs, layer_map)
+    total = None if unread else distance(found)
     return DamageReport(
-        kind=kind,
-        evidence=evidence,
-        weight_distance=distance,
-        zero_fraction=zeros,
-        zero_pattern=pattern,
-        missing_layers=missing,
+        kind=_kind(cut, grid, total),
+        evidence=[_distance_evidence(total, cut), *cut.evidence(), *grid.evidence()],
+        weight_distance=total,
+        zero_fraction=cut.zeros,
+        zero_pattern=cut.pattern,
+        missing_layers=cut.layers,
         layer_map=layer_map,
-        distance_by_layer=[_distance([m for m in linear if m.block == b]) for b in range(depths[0])],
+        distance_by_layer=[
+            distance([mark for mark in linear if mark.block == layer]) for layer in range(depths[0])
+        ],
     )
 
 
-def _compare(student: Weights, teacher: Weights, layer_map: dict[int, int]) -> Iterator[_Marks]:
+@dataclass(frozen=True)
+class _Grid:
+    """The signs of quantization."""
+
+    method: str | None
+    """As `config.json` names it."""
+    levels: tuple[float, float] | None
+    """Of the student and of its teacher, where the student's are few."""
+
+    @property
+    def found(self) -> bool:
+        return self.method is not None or self.levels is not None
+
+    def evidence(self) -> Iterator[str]:
+        if self.method is not None:
+            yield f"The config names the quantization method {self.method}."
+        if self.levels is not None:
+            yield (
+                f"{WINDOW} neighbouring weights take {self.levels[0]:.0f} distinct values, "
+                f"{self.levels[1]:.0f} in the teacher."
+            )
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """The signs of pruning."""
+
+    zeros: float
+    pattern: Pattern
+    layers: int
+    """How many are missing."""
+    channels: list[tuple[int, int]]
+    """Inner widths of the blocks that are less than the teacher's: (here, there)."""
+
+    @property
+    def found(self) -> bool:
+        return self.pattern != "none" or self.layers > 0 or bool(self.channels)
+
+    def evidence(self) -> Iterator[str]:
+        if self.pattern != "none":
+            yield f"{self.zeros:.1%} of the linear weights are exactly zero ({self.pattern})."
+        if self.layers:
+            yield f"{self.layers} of the teacher's decoder layers are missing."
+        for here, there in self.channels:
+            yield f"{1 - here / there:.1%} of the blocks' inner channels are gone ({here} of {there} left)."
+
+
+def _cut(linear: Sequence[Marks], layers: int, grid: bool) -> _Cut:
+    zeros, teacher_zeros = zero_shares(linear)
+    pattern: Pattern = "none"
+    if zeros - teacher_zeros >= (FEW_ZEROS_OF_A_GRID if grid else FEW_ZEROS):
+        pattern = "2:4" if all(mark.two_of_four for mark in linear) else "unstructured"
+    return _Cut(zeros, pattern, layers, sorted({pair for mark in linear for pair in mark.narrowed}))
+
+
+def _kind(cut: _Cut, grid: _Grid, total: float | None) -> Damage | Literal["none"]:
+    if cut.found:
+        return "pruning"
+    if grid.found:
+        return "quantization"
+    return "finetuning" if total else "none"
+
+
+def _distance_evidence(total: float | None, cut: _Cut) -> str:
+    if total is None:
+        return "Only their quantizer can read the packed weights; their distance to the teacher is not known."
+    where = "The weights lie" if not cut.channels else "Where the shapes agree, the weights lie"
+    return f"{where} {total:.2%} of the teacher's norm away from it."
+
+
+def _compare(student: PlainWeights, teacher: PlainWeights, layer_map: dict[int, int]) -> Iterator[Marks]:
     for name in student:
         block = block_of(name)
         twin = name if block is None else _renumbered(name, layer_map[block])
         if twin not in teacher:
             continue
-        mine, theirs = student[name].float(), teacher[twin].float()
-        if mine.shape == theirs.shape:
-            yield _marks(mine, theirs, block if mine.dim() == 2 else None)
+        mine, theirs = student[name], teacher[twin]
+        if block is not None and any(
+            here > there for here, there in zip(mine.shape, theirs.shape, strict=False)
+        ):
+            sizes = f"{tuple(mine.shape)}, larger than its teacher's {tuple(theirs.shape)}"
+            raise IncompatibleModels(f"The student's {name} is {sizes}.")
+        yield marks(mine, theirs, block if mine.dim() == 2 else None)
 
 
-def _marks(mine: Tensor, theirs: Tensor, block: int | None) -> _Marks:
-    return _Marks(
-        block=block,
-        squared_distance=float((mine - theirs).double().square().sum()),
-        squared_norm=float(theirs.double().square().sum()),
-        size=mine.numel(),
-        zeros=int((mine == 0).sum()),
-        teacher_zeros=int((theirs == 0).sum()),
-        two_of_four=_is_two_of_four(mine),
-        levels=_levels(mine),
-        teacher_levels=_levels(theirs),
-    )
+def _all_read(student: PlainWeights, teacher: PlainWeights, layer_map: LayerMap) -> bool:
+    """Whether everything in the teacher's blocks can be read in the student's."""
+    places = {theirs: mine for mine, theirs in layer_map}
+    blocks = ((name, block_of(name)) for name in teacher)
+    return all(_renumbered(name, places[layer]) in student for name, layer in blocks if layer in places)
 
 
-def _is_two_of_four(weight: Tensor) -> bool:
-    if weight.dim() != 2 or weight.shape[1] % 4:
-        return False
-    return bool(((weight.reshape(-1, 4) == 0).sum(1) >= 2).all())
-
-
-def _levels(weight: Tensor) -> float:
-    """The median number of distinct values in windows of 32 along the rows."""
-    if weight.dim() != 2 or weight.shape[1] % WINDOW:
-        return float(WINDOW)
-    windows = weight.reshape(-1, WINDOW)
-    sampled = windows[:: max(1, len(windows) // SAMPLED_WINDOWS)].sort(1).values
-    return float(((sampled.diff(dim=1) != 0).sum(1) + 1).median())
-
-
-def _layer_map(student: Path, teacher: Path, depths: tuple[int, int]) -> list[tuple[int, int]]:
-    """Which teacher layer each student layer was: by the nearest first matrix, in order."""
+def _layer_map(student: PlainWeights, teacher: PlainWeights, depths: tuple[int, int]) -> LayerMap:
+    """Which teacher layer each student layer was: by the nearest landmark, in order."""
     if depths[0] > depths[1]:
         raise IncompatibleModels(f"The student has {depths[0]} layers, more than its teacher's {depths[1]}.")
     if depths[0] == depths[1]:
         return [(layer, layer) for layer in range(depths[0])]
-    mine, theirs = _first_matrices(student, depths[0]), _first_matrices(teacher, depths[1])
-    if mine[0].shape != theirs[0].shape:
-        raise IncompatibleModels(
-            "The student is both shallower and narrower: its layers cannot be told apart."
-        )
+    name = _landmark(student, teacher)
+    mine = [student[_renumbered(name, layer)] for layer in range(depths[0])]
+    theirs = [teacher[_renumbered(name, layer)] for layer in range(depths[1])]
     spare, place, pairs = depths[1] - depths[0], 0, []
     for layer, weight in enumerate(mine):
         choices = range(place, layer + spare + 1)
@@ -136,52 +167,17 @@ def _layer_map(student: Path, teacher: Path, depths: tuple[int, int]) -> list[tu
     return pairs
 
 
-def _first_matrices(folder: Path, depth: int) -> list[Tensor]:
-    weights = Weights(folder)
-    names: dict[int, str] = {}
-    for name in sorted(weights):
-        block = block_of(name)
-        if block is not None and name.endswith("weight") and weights[name].dim() == 2:
-            names.setdefault(block, name)
-    return [weights[names[layer]].float() for layer in range(depth)]
+def _landmark(student: PlainWeights, teacher: PlainWeights) -> str:
+    """A weight of the first block that has one shape in both: a matrix, or else a vector."""
+    both = [name for name in sorted(student) if block_of(name) == 0 and name in teacher]
+    alike = [name for name in both if student[name].shape == teacher[name].shape]
+    if not alike:
+        raise IncompatibleModels(
+            "The student is shallower, and no weight of its blocks has the shape of its teacher's: "
+            "its layers cannot be told apart."
+        )
+    return max(alike, key=lambda name: student[name].dim())
 
 
 def _renumbered(name: str, layer: int) -> str:
     return BLOCK.sub(lambda found: found[0].replace(found[1], str(layer)), name, count=1)
-
-
-def _quantization_method(folder: Path) -> str | None:
-    config = json.loads((folder / "config.json").read_text())
-    return (config.get("quantization_config") or {}).get("quant_method")
-
-
-def _distance(marks: list[_Marks]) -> float:
-    norm = math.fsum(mark.squared_norm for mark in marks)
-    return math.sqrt(math.fsum(mark.squared_distance for mark in marks) / norm) if norm else 0.0
-
-
-def _share(marks: list[_Marks], what: str) -> float:
-    size = sum(mark.size for mark in marks)
-    return sum(getattr(mark, what) for mark in marks) / size if size else 0.0
-
-
-def _median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2] if values else float(WINDOW)
-
-
-def _evidence(
-    distance: float, zeros: float, pattern: str, missing: int, levels: tuple[float, float], method: str | None
-) -> list[str]:
-    found = [f"The weights lie {distance:.2%} of the teacher's norm away from it."]
-    if zeros:
-        found.append(f"{zeros:.1%} of the linear weights are exactly zero ({pattern}).")
-    if missing:
-        found.append(f"{missing} of the teacher's decoder layers are missing.")
-    if method:
-        found.append(f"The config names the quantization method {method}.")
-    if levels[0] <= FEW_LEVELS and levels[0] < levels[1] and not zeros:
-        found.append(
-            f"{WINDOW} neighbouring weights take {levels[0]:.0f} distinct values, "
-            f"{levels[1]:.0f} in the teacher."
-        )
-    return found

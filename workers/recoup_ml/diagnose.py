@@ -8,13 +8,14 @@ the ceiling of the alignment: no student can be asked to come closer than that.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recoup.schemas import Splits
-from recoup_ml import damage, models, results, verdict
+from recoup_ml import damage, measures, models, results, verdict
 from recoup_ml.alignment import GROUPS, Positions, choose_positions
 from recoup_ml.errors import EmptyDataset, NonFiniteWeights, TeacherMismatch
 from recoup_ml.generate import Engine, LocalEngine, VllmEngine, usable
@@ -36,6 +37,8 @@ def diagnose(run: Run, journal: Journal, _done: Done, folder: Path) -> None:
     """Fills `folder` with the diagnosis, the test answers and the states that alignment compares."""
     tokenizer = models.load_tokenizer(run.teacher)
     parts = split_prompts(run)
+    if not parts.train and parts.task_duplicates_dropped:
+        raise EmptyDataset("No prompt is left to train on: they all stand in evaluation.tasks too.")
     prompts = encode(parts.test, tokenizer, run.prompt_tokens)
     if len(prompts) < MIN_TEST:
         raise EmptyDataset(f"{len(prompts)} test prompts are left; at least {MIN_TEST} are needed.")
@@ -49,12 +52,13 @@ def diagnose(run: Run, journal: Journal, _done: Done, folder: Path) -> None:
     if not math.isfinite(before.scores.mean_kl):
         raise NonFiniteWeights(f"{run.student.name} computes NaN or infinity on test prompts.")
     save_states(folder / "before-states.safetensors", states)
+    deficits = measures.deficits(probe.tasks, teacher, before, run.request.seed)
     results.write(
         folder / "diagnosis.json",
         Diagnosis(
             damage=found,
             splits=_splits(parts, len(exam.test), tokenizer, run.prompt_tokens),
-            needed=not verdict.not_needed(before.scores.mean_kl, floor.mean_kl),
+            needed=not verdict.not_needed(before.scores.mean_kl, floor.mean_kl, deficits),
             teacher=teacher,
             floor=floor,
             before=before,
@@ -89,13 +93,14 @@ def sit(model: PreTrainedModel, exam: Exam, probe: Probe, counter: Counter) -> t
     """What `model` does on test and probe, and its states at the chosen positions."""
     seen = observe(model, exam.test, exam.pad_id, exam.positions, counter.part(len(exam.test)))
     scored = compare(exam.teacher, seen, exam.test)
-    return probe.behaviour(model, scored, counter.part(probe.answers)), seen.states
+    return probe.behaviour(model, scored, counter), seen.states
 
 
 def split_prompts(run: Run) -> Split:
     """The same division in every stage: it depends on the prompts alone."""
     wanted = run.request.evaluation
-    return split(run.prompts, wanted.test_sequences, wanted.validation_sequences)
+    asked = chain.from_iterable(task.prompts for task in run.tasks)
+    return split(run.prompts, wanted.test_sequences, wanted.validation_sequences, asked)
 
 
 def engine(run: Run, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Engine:
@@ -115,9 +120,7 @@ def _examine_teacher(
         raise EmptyDataset(f"The teacher answered {len(test)} test prompts; at least {MIN_TEST} are needed.")
     write_jsonl(folder / "test.jsonl", test)
     exam = _observe_teacher(run, model, probe.tokenizer, folder, counter)
-    behaviour = probe.behaviour(
-        model, compare(exam.teacher, exam.teacher, exam.test), counter.part(probe.answers)
-    )
+    behaviour = probe.behaviour(model, compare(exam.teacher, exam.teacher, exam.test), counter)
     models.round_to_bfloat16(model)
     rounded = observe(model, exam.test, exam.pad_id, exam.positions, counter.part(len(exam.test)))
     save_states(folder / "ceiling-states.safetensors", rounded.states)
@@ -150,6 +153,7 @@ def _splits(parts: Split, test: int, tokenizer: PreTrainedTokenizerBase, room: i
         test=test,
         test_kinds=list(parts.test_kinds),
         duplicates_dropped=parts.duplicates_dropped,
+        task_duplicates_dropped=parts.task_duplicates_dropped,
         too_long_dropped=sum(map(len, whole)) - train - validation - tested,
         prompts_sha256=prompts_sha256([*parts.train, *parts.validation, *parts.test]),
     )

@@ -1,49 +1,109 @@
-"""How far the student's next-token distribution is from the teacher's.
+"""How far the student's next-token distribution q is from the teacher's p.
 
     KL(p‖q) = Σ_v p_v (log p_v - log q_v),    p = softmax(z_teacher / τ),  q = softmax(z_student / τ)
 
-It is zero exactly where the two agree and never negative; both entropy and cross-entropy
-are in it. Values are nats a position; what to average over is the caller's business.
-Forward KL on the teacher's own answers is the distillation loss of QAD (arXiv 2601.20088)
-and of GKD with λ = 0, β = 0 (arXiv 2306.13649).
+Every divergence here is zero exactly where the two agree and never negative (in float32 to
+about 1e-6 nats); entropy and cross-entropy are both in it. Values are nats a position; what to
+average over is the caller's business, and nothing is multiplied by τ². Forward KL on the
+teacher's own answers is the loss of QAD (arXiv 2601.20088); reverse KL and JSD on the student's
+rollouts are those of GKD (arXiv 2306.13649), skew KL is that of DistiLLM (arXiv 2402.03898).
 
-Logits are made from hidden states a few hundred positions at a time and are made again in
-the backward pass, so that [positions x vocabulary] is never held whole.
+What a student is compared with is in `targets.py`; how it learns without logits in memory, in `fused.py`.
+
+Axes: N positions, V vocabulary (or any set of outcomes).
 """
+
+import math
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from recoup_ml.models import Head
+
+@dataclass(frozen=True)
+class Divergence:
+    """Which divergence, as a value."""
+
+    name: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl"] = "forward_kl"
+    beta: float = 0.5
+    """The teacher's share of the mixture in `jsd` and `skew_kl`; DistiLLM takes 0.1 for the latter."""
+    temperature: float = 1.0
+    """τ: softens both distributions."""
+
+    def __call__(self, teacher_NV: Tensor, student_NV: Tensor) -> Tensor:
+        """The divergence of each position, from logits [N, V]; returns [N], nats."""
+        match self.name:
+            case "forward_kl":
+                return forward_kl(teacher_NV, student_NV, self.temperature)
+            case "reverse_kl":
+                return reverse_kl(teacher_NV, student_NV, self.temperature)
+            case "jsd":
+                return jsd(teacher_NV, student_NV, self.beta, self.temperature)
+            case "skew_kl":
+                return skew_kl(teacher_NV, student_NV, self.beta, self.temperature)
+
+    def __str__(self) -> str:
+        mixture = f" with β = {self.beta:g}" if self.name in {"jsd", "skew_kl"} else ""
+        softened = f" at τ = {self.temperature:g}" if self.temperature != 1 else ""
+        return self.name + mixture + softened
 
 
 def forward_kl(teacher_NV: Tensor, student_NV: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(teacher‖student) of each position, from logits [N, V]; returns [N], nats."""
-    assert teacher_NV.shape == student_NV.shape
-    log_p = torch.log_softmax(teacher_NV / temperature, dim=-1)
-    log_q = torch.log_softmax(student_NV / temperature, dim=-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+    """KL(p‖q) of each position, from logits [N, V]; returns [N], nats."""
+    return _kl(*_both(teacher_NV, student_NV, temperature))
 
 
-def hidden_forward_kl(
-    teacher_ND: Tensor,
-    teacher_head: Head,
-    student_ND: Tensor,
-    student_head: Head,
-    temperature: float = 1.0,
-    chunk: int = 256,
-) -> Tensor:
-    """As `forward_kl`, from last hidden states [N, D]; differentiable in the student's side.
+def reverse_kl(teacher_NV: Tensor, student_NV: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(q‖p) of each position, from logits [N, V]; returns [N], nats."""
+    log_p, log_q = _both(teacher_NV, student_NV, temperature)
+    return _kl(log_q, log_p)
 
-    Memory grows with `chunk` x vocabulary, not with N.
+
+def jsd(teacher_NV: Tensor, student_NV: Tensor, beta: float = 0.5, temperature: float = 1.0) -> Tensor:
+    """β KL(p‖m) + (1-β) KL(q‖m) with m = β p + (1-β) q, of each position; returns [N], nats.
+
+    The generalised Jensen-Shannon divergence of GKD, at most -β log β - (1-β) log(1-β).
+    It vanishes towards both ends, but JSD_β / β → KL(p‖q) as β → 0 and JSD_β / (1-β) → KL(q‖p)
+    as β → 1. At the ends it is these limits, by the convention of TRL and Liger: β = 0 is
+    forward KL, β = 1 reverse KL; the value jumps there.
     """
+    assert 0 <= beta <= 1
+    log_p, log_q = _both(teacher_NV, student_NV, temperature)
+    if beta in (0, 1):
+        return _kl(log_q, log_p) if beta else _kl(log_p, log_q)
+    log_m = _log_mixture(log_p, log_q, beta)
+    return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
 
-    def part(student_part: Tensor, teacher_part: Tensor) -> Tensor:
-        return forward_kl(teacher_head(teacher_part), student_head(student_part), temperature)
 
-    parts = [
-        checkpoint(part, student, teacher, use_reentrant=False)
-        for student, teacher in zip(student_ND.split(chunk), teacher_ND.split(chunk), strict=True)
-    ]
-    return torch.cat(parts)
+def skew_kl(teacher_NV: Tensor, student_NV: Tensor, beta: float = 0.1, temperature: float = 1.0) -> Tensor:
+    """KL(p ‖ β p + (1-β) q) of each position, of DistiLLM; returns [N], nats.
+
+    At most -log β. At β = 0 it is forward KL, its limit from above; at β = 1 it would be zero
+    everywhere and is refused.
+    """
+    assert 0 <= beta < 1
+    log_p, log_q = _both(teacher_NV, student_NV, temperature)
+    return _kl(log_p, _log_mixture(log_p, log_q, beta) if beta else log_q)
+
+
+def tempered(logits_NV: Tensor, temperature: float) -> Tensor:
+    """z / τ, without a copy where τ is 1."""
+    assert temperature > 0
+    return logits_NV if temperature == 1 else logits_NV / temperature
+
+
+def _both(teacher_NV: Tensor, student_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """log p and log q."""
+    assert teacher_NV.shape == student_NV.shape
+    log_p, log_q = (tempered(z, temperature).log_softmax(-1) for z in (teacher_NV, student_NV))
+    return log_p, log_q
+
+
+def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    return (log_a.exp() * (log_a - log_b)).sum(-1)
+
+
+def _log_mixture(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    """log(β p + (1-β) q), no probability made on the way."""
+    return torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))

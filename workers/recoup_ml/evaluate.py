@@ -8,16 +8,19 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from recoup.schemas import Alignment, Estimate, Measure, Outcome, Sample
-from recoup_ml import alignment, diagnose, distil, models, results, verdict
+from recoup.schemas import Alignment, Baseline, Estimate, Measure, Outcome, Sample
+from recoup_ml import alignment, baselines, diagnose, distil, measures, models, results, verdict
 from recoup_ml.alignment import States
 from recoup_ml.diagnose import Exam
-from recoup_ml.measures import measures
 from recoup_ml.observation import load_states
 from recoup_ml.probe import Probe, make_probe
+from recoup_ml.repair import Repair
 from recoup_ml.results import Behaviour, Diagnosis, Evaluation
 from recoup_ml.run import Counter, Done, Journal, Run
 from recoup_ml.sequences import encode
+
+CLOSED = 0.9
+"""Recovered fraction from which more of the same training can hardly help."""
 
 
 def evaluate(run: Run, journal: Journal, done: Done, folder: Path) -> None:
@@ -27,22 +30,31 @@ def evaluate(run: Run, journal: Journal, done: Done, folder: Path) -> None:
     exam = Exam.load(done["diagnose"], run, tokenizer)
     prompts = encode(diagnose.split_prompts(run).test, tokenizer, run.prompt_tokens)
     probe = make_probe(run, prompts, tokenizer)
-    counter = Counter(journal, len(exam.test) + probe.answers, "sequences")
+    rival = _rival(done)
+    counter = Counter(journal, (1 + bool(rival)) * (len(exam.test) + probe.answers), "sequences")
     after, states = None, None
     if best := distil.best(done):
         after, states = diagnose.sit(load_trained(run.student, best), exam, probe, counter)
         if not math.isfinite(after.scores.mean_kl):
             after, states = None, None
+    models.release()
     gate, seed = run.request.evaluation.gate, run.request.seed
-    found = measures(diagnosis, after, exam.test, probe.keep, gate, seed)
+    found = measures.measures(diagnosis, after, exam.test, probe, gate, seed)
+    baseline = None
+    if rival and after:
+        repaired, _ = diagnose.sit(baselines.repaired(run, done, rival), exam, probe, counter)
+        names = rival.name, rival.label
+        baseline = measures.baseline(names, diagnosis, after, repaired, exam.test, probe, seed)
     aligned = _align(run, diagnosis, done["diagnose"], states, exam)
     outcome, reason = _verdict(run, diagnosis, found)
+    short = measures.deficits(probe.tasks, diagnosis.teacher, after, seed) if after else []
     evaluation = Evaluation(
         outcome=outcome,
         reason=reason,
         measures=found,
+        baseline=baseline,
         samples=_samples(probe, diagnosis, after),
-        remarks=_remarks(found, aligned, exam),
+        remarks=[*_remarks(found, aligned, exam, baseline), *out_of_reach(found, short)],
     )
     results.write(folder / "evaluation.json", evaluation)
     (folder / "alignment.json").write_text(aligned.model_dump_json())
@@ -78,19 +90,32 @@ def _verdict(run: Run, diagnosis: Diagnosis, found: Sequence[Measure]) -> tuple[
     if diagnosis.needed:
         return verdict.outcome(found[0], found, run.request.evaluation.gate)
     before, floor = diagnosis.before.scores.mean_kl, diagnosis.floor.mean_kl
+    tasks = ", and no task shows a deficit" if run.tasks else ""
     return "not_needed", (
-        f"The student's token KL to its teacher is {before:.2g} nats, rounding alone costs {floor:.2g}: "
-        "there is nothing to recover."
+        f"The student's token KL to its teacher is {before:.2g} nats, rounding alone costs {floor:.2g}"
+        f"{tasks}: there is nothing to recover."
     )
 
 
-def _remarks(found: Sequence[Measure], aligned: Alignment, exam: Exam) -> list[str]:
+def _rival(done: Done) -> Repair | None:
+    """The training-free repair to be beaten, where something was trained."""
+    if "distil" not in done or distil.read(done) is None:
+        return None
+    trials = baselines.read(done)
+    return trials and trials.best
+
+
+def _remarks(
+    found: Sequence[Measure], aligned: Alignment, exam: Exam, baseline: Baseline | None
+) -> list[str]:
     """What a reader must know beside the numbers, above all where they disagree."""
     remarks = []
     cut = sum(answer.finish == "length" for answer in exam.test)
     if cut:
         remarks.append(f"{cut} of {len(exam.test)} teacher answers were cut at generation.max_new_tokens.")
     remarks += disagreements(found[0].recovered, aligned)
+    if baseline and direction(baseline.lead) < 1:
+        remarks.append(f"Training is not ahead of what costs nothing: {baseline.label}.")
     worse = [
         item.label
         for item in found
@@ -113,6 +138,19 @@ def disagreements(divergence: Estimate | None, aligned: Alignment) -> list[str]:
         "Trust the divergence."
         for name, share in shares.items()
         if direction(share) * direction(divergence) < 0
+    ]
+
+
+def out_of_reach(found: Sequence[Measure], short: Sequence[str]) -> list[str]:
+    """A sentence for each of the `short` tasks that training left so although it closed the gap of the KL."""
+    r = found[0].recovered
+    if r is None or r.value < CLOSED:
+        return []
+    return [
+        f"Not recoverable at this size, as far as can be seen: {item.label}, stays at {item.after:.3g} "
+        f"against the teacher's {item.teacher:.3g}, although {r.value:.0%} of the KL gap was recovered."
+        for item in found
+        if item.name in short
     ]
 
 

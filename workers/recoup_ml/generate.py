@@ -23,15 +23,22 @@ BATCH = 64
 
 class Engine(Protocol):
     def answer(self, prompts: Sequence[Encoded], max_new_tokens: int, tick: Tick) -> list[Answered]:
-        """One greedy answer to each prompt, in their order; `tick` is told how many are done."""
+        """One answer to each prompt, in their order; `tick` is told how many are done."""
         ...
 
 
 class LocalEngine:
-    """Answers with a model in this process."""
+    """Answers with a model in this process: greedily, or sampled at a temperature (torch's global seed)."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, temperature: float = 0.0
+    ) -> None:
         self._model, self._tokenizer = model, tokenizer
+        self._how = (
+            {"do_sample": True, "temperature": temperature}
+            if temperature
+            else {"do_sample": False, "temperature": None}
+        )
         self._end_ids = _end_ids(model, tokenizer)
 
     def answer(self, prompts: Sequence[Encoded], max_new_tokens: int, tick: Tick) -> list[Answered]:
@@ -51,10 +58,9 @@ class LocalEngine:
             input_ids=ids_BT.to(self._model.device),
             attention_mask=mask_BT.to(self._model.device),
             max_new_tokens=max_new_tokens,
-            do_sample=False,
-            temperature=None,
+            **self._how,
             top_p=None,
-            top_k=None,
+            top_k=0 if self._how["do_sample"] else None,
             repetition_penalty=1.0,
             eos_token_id=self._end_ids,
             pad_token_id=pad_id(self._tokenizer),

@@ -5,19 +5,27 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from recoup.schemas import Gate, Measure
+from recoup.schemas import Baseline, Gate, Match, Measure
 from recoup_ml import scores, verdict
+from recoup_ml.probe import Probe
 from recoup_ml.results import Behaviour, Diagnosis
 from recoup_ml.scores import Scores, Window
 from recoup_ml.sequences import Answered, Encoded
+from recoup_ml.tasks import Questions
 from recoup_ml.verdict import Array, Paired
+
+RIGHT: dict[Match, str] = {
+    "exact": "exact match",
+    "contains": "reference in the answer",
+    "number": "right number",
+}
 
 
 def measures(
     diagnosis: Diagnosis,
     after: Behaviour | None,
     test: Sequence[Answered],
-    keep: Sequence[Encoded],
+    probe: Probe,
     gate: Gate,
     seed: int,
 ) -> list[Measure]:
@@ -28,9 +36,43 @@ def measures(
         _natural_text(diagnosis, after),
         _repetition(diagnosis, after),
     ]
-    if keep:
-        paired.append(_keep(diagnosis, after, keep))
+    if probe.keep:
+        paired.append(_keep(diagnosis, after, probe.keep))
+    paired += _tasks(probe.tasks, diagnosis.teacher, diagnosis.before, after)
     return [verdict.measure(item, gate, seed) for item in paired]
+
+
+def deficits(tasks: Sequence[Questions], teacher: Behaviour, student: Behaviour, seed: int) -> list[str]:
+    """The measures of the tasks in which a paired test finds the student short of its teacher."""
+    return verdict.deficits(_tasks(tasks, teacher, student, None), seed)
+
+
+def baseline(
+    names: tuple[str, str],
+    diagnosis: Diagnosis,
+    trained: Behaviour,
+    repaired: Behaviour,
+    test: Sequence[Answered],
+    probe: Probe,
+    seed: int,
+) -> Baseline:
+    """A training-free repair, called `names` (method, label), beside the trained student."""
+    found = {item.name: item for item in measures(diagnosis, repaired, test, probe, Gate(), seed)}
+    sums = [
+        _token_sums(item)
+        for item in (diagnosis.floor, diagnosis.before.scores, trained.scores, repaired.scores)
+    ]
+    after = {name: item.after for name, item in found.items() if item.after is not None}
+    return Baseline(
+        name=names[0],
+        label=names[1],
+        kl=after["kl"],
+        agreement=after["agreement"],
+        bits_per_character=after["bits_per_character"],
+        keep=after.get("keep"),
+        recovered=found["kl"].recovered,
+        lead=verdict.lead(*sums, seed=seed),
+    )
 
 
 def _divergences(diagnosis: Diagnosis, after: Behaviour | None) -> list[Paired]:
@@ -122,6 +164,26 @@ def _keep(diagnosis: Diagnosis, after: Behaviour | None, keep: Sequence[Encoded]
         guarded=True,
         retained=True,
     )
+
+
+def _tasks(
+    tasks: Sequence[Questions], teacher: Behaviour, before: Behaviour, after: Behaviour | None
+) -> list[Paired]:
+    return [
+        Paired(
+            f"task:{task.spec.name}",
+            f"{task.spec.name}, {RIGHT[task.spec.match]}",
+            "share",
+            "higher",
+            verdict.ratio_of_sums(),
+            *(
+                item and _pairs(item.tasks[task.spec.name], [1.0] * len(task.items))
+                for item in (teacher, before, after)
+            ),
+            guarded=True,
+        )
+        for task in tasks
+    ]
 
 
 def _pairs(sums: Sequence[float], weights: Sequence[float]) -> Array:

@@ -16,10 +16,12 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from recoup_ml import packed
 from recoup_ml.errors import NonFiniteWeights, UnsupportedModel
 
 
@@ -53,32 +55,52 @@ def device() -> torch.device:
 def load(folder: Path) -> PreTrainedModel:
     """The model in `folder`, ready to evaluate: float32 on a CPU, its own dtype on a GPU.
 
+    Weights that a quantizer packed stay packed, and frozen.
+
     Raises:
-        NonFiniteWeights: a tensor holds NaN or infinity.
-        UnsupportedModel: hidden state and head do not reproduce the model's logits.
+        NonFiniteWeights: a tensor holds NaN or infinity, or the model computes it.
+        UnsupportedModel: hidden state and head do not reproduce the model's logits, or what the
+            quantizer of the weights needs is not installed.
     """
-    where = device()
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype="auto" if where.type == "cuda" else torch.float32,
-        local_files_only=True,
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
+    on_gpu, quantizer = device().type == "cuda", packed.method(folder)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype="auto" if on_gpu else torch.float32,
+            device_map=device() if on_gpu else None,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except ImportError as error:
+        if quantizer is None:
+            raise
+        raise UnsupportedModel(f"{folder.name}: {packed.what_to_install(quantizer, error)}") from error
+    if quantizer == "bitsandbytes":
+        packed.settle_bitsandbytes(model, folder)
     _check_finite(model, folder)
-    model = model.to(where).eval()
-    _check_head(model)
+    _check_head(model.eval(), folder)
     return model
+
+
+def is_quantized(model: PreTrainedModel) -> bool:
+    """Whether a quantizer packed the model's weights, so that an adapter is all that can be trained."""
+    return getattr(model, "hf_quantizer", None) is not None
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
+def load_config(folder: Path) -> PreTrainedConfig:
+    """The configuration of the model in `folder`, of its text part where it has several."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return config.get_text_config()
+
+
 def depth(folder: Path) -> int:
     """How many decoder blocks the model in `folder` says it has."""
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    return config.get_text_config().num_hidden_layers
+    return load_config(folder).num_hidden_layers
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -86,10 +108,26 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
-def last_hidden(model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """The backbone's last hidden states after the final norm, [B, T, D]."""
+def last_hidden(
+    model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor | None, places_BT: Tensor | None = None
+) -> Tensor:
+    """The backbone's last hidden states after the final norm, [B, T, D].
+
+    `places_BT` tells sequences apart that lie in one row: each begins anew at 0.
+    """
     backbone = model.get_decoder()
-    return backbone(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
+    where = {} if places_BT is None else {"position_ids": places_BT}
+    return backbone(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False, **where).last_hidden_state
+
+
+@torch.inference_mode()
+def can_pack(model: PreTrainedModel) -> bool:
+    """Whether sequences that lie in one row stay apart: families differ, so it is tried out."""
+    ids_BT = torch.arange(3, 15, device=model.device).unsqueeze(0) % model.config.get_text_config().vocab_size
+    places_BT = torch.arange(6, device=model.device).repeat(2).unsqueeze(0)
+    packed_BTD = last_hidden(model, ids_BT, None, places_BT)
+    alone_BTD = last_hidden(model, ids_BT[:, 6:], torch.ones_like(ids_BT[:, 6:]))
+    return torch.allclose(packed_BTD[:, 6:], alone_BTD, rtol=1e-2, atol=1e-2 * float(alone_BTD.abs().max()))
 
 
 def head(model: PreTrainedModel) -> Head:
@@ -114,16 +152,25 @@ def release() -> None:
 
 
 def _check_finite(model: PreTrainedModel, folder: Path) -> None:
-    broken = [name for name, tensor in model.named_parameters() if not torch.isfinite(tensor).all()]
+    """Looks at plain weights; what is packed shows in the logits."""
+    plain = [(name, tensor) for name, tensor in model.named_parameters() if type(tensor) is nn.Parameter]
+    broken = [name for name, tensor in plain if not torch.isfinite(tensor).all()]
     if broken:
         raise NonFiniteWeights(f"{folder.name} holds NaN or infinity in {', '.join(broken[:5])}.")
 
 
 @torch.inference_mode()
-def _check_head(model: PreTrainedModel) -> None:
+def _check_head(model: PreTrainedModel, folder: Path) -> None:
+    if type(model.get_output_embeddings().weight) is not nn.Parameter:
+        raise UnsupportedModel(
+            f"The output head of {folder.name} is quantized, and distillation needs its matrix; "
+            "quantize the model without its head (lm_head)."
+        )
     ids_BT = torch.arange(3, 11, device=model.device).unsqueeze(0) % model.config.get_text_config().vocab_size
     expected = model(input_ids=ids_BT).logits[0].float()
     found = head(model)(last_hidden(model, ids_BT, torch.ones_like(ids_BT))[0])
+    if not expected.isfinite().all():
+        raise NonFiniteWeights(f"{folder.name} computes NaN or infinity.")
     scale = float(expected.abs().max()) or 1.0
     if float((expected - found).abs().max()) > 1e-2 * scale:
         raise UnsupportedModel(

@@ -1,8 +1,8 @@
 """The package stage: what a recovery hands over.
 
 Promoted weights (an adapter, or a whole model), the report as JSON and as a page, the
-alignment as data and pictures, the teacher's answers, and a card. A student that did not
-get better gets its report and no weights.
+alignment as data and pictures, what was learnt from, a script that repeats the training, and a
+card. A student that did not get better gets its report and no weights.
 """
 
 import json
@@ -12,15 +12,21 @@ from pathlib import Path
 from peft import PeftModel
 
 from recoup.schemas import Report
-from recoup_ml import answers, distil, evaluate, models
+from recoup_ml import answers, diagnose, distil, evaluate, models
 from recoup_ml.card import model_card
 from recoup_ml.errors import RecoveryError
 from recoup_ml.page import html_page
 from recoup_ml.plots import alignment_png, alignment_svg
 from recoup_ml.report import PROMOTED, assemble
 from recoup_ml.run import Done, Journal, Run
+from recoup_ml.script import recipe_script
+from recoup_ml.sequences import Encoded, encode
 from recoup_ml.weights import zeros_filled
 
+RECIPE, PROMPTS = "recipe.py", "prompts.jsonl"
+TAUGHT = ("texts.jsonl", "keep.jsonl")
+"""Beside the teacher's answers: reference answers, rewritten or not, and the student's own on `keep`."""
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -36,10 +42,10 @@ def package(run: Run, journal: Journal, done: Done, folder: Path) -> None:
     if evaluate.read(done).outcome in PROMOTED:
         _write_weights(run, done, weights)
         _write_card(run, done, report, weights)
-    pages = _write_report(report, folder)
+    files = _write_report(report, folder)
     if "generate" in done:
-        pages["rewrites.jsonl"] = done["generate"] / "train.jsonl"
-    journal.publish(pages | _weight_files(done, weights))
+        files |= _learnt(run, done, report, folder)
+    journal.publish(files | _weight_files(done, weights))
 
 
 def _write_report(report: Report, folder: Path) -> dict[str, Path]:
@@ -55,10 +61,46 @@ def _write_report(report: Report, folder: Path) -> dict[str, Path]:
     return {name: folder / name for name in contents}
 
 
+def _learnt(run: Run, done: Done, report: Report, folder: Path) -> dict[str, Path]:
+    """What there was to learn from and, if anything was trained, the script that repeats it."""
+    generated, plan = done["generate"], answers.read_plan(done)
+    rewrites = generated / "rewrites.jsonl"
+    files = {"rewrites.jsonl": rewrites if rewrites.exists() else generated / "train.jsonl"}
+    files |= {name: generated / name for name in TAUGHT if (generated / name).exists()}
+    if plan.answers("student"):
+        files[PROMPTS] = folder / PROMPTS
+        files[PROMPTS].write_text("".join(map(_line, _asked(run))), "utf-8")
+    started = _start(run, done, folder)
+    if report.training:
+        files[RECIPE] = folder / RECIPE
+        files[RECIPE].write_text(recipe_script(report, plan, run.request, bool(started)), "utf-8")
+    return files | started
+
+
+def _start(run: Run, done: Done, folder: Path) -> dict[str, Path]:
+    """The adapter that training went on with, where a repair left one."""
+    left = done["distil"] / distil.START
+    if not left.exists():
+        return {}
+    shutil.copytree(left, folder / distil.START)
+    _name_base(folder / distil.START / ADAPTER_FILES[0], run.request.student.source)
+    return {f"{distil.START}/{name}": folder / distil.START / name for name in ADAPTER_FILES}
+
+
+def _asked(run: Run) -> list[Encoded]:
+    """The prompts that a student answers while it trains."""
+    tokenizer = models.load_tokenizer(run.teacher)
+    return encode(diagnose.split_prompts(run).train, tokenizer, run.prompt_tokens)
+
+
+def _line(item: Encoded) -> str:
+    return json.dumps({"prompt": item.text, "prompt_ids": item.ids}, ensure_ascii=False) + "\n"
+
+
 def _write_weights(run: Run, done: Done, folder: Path) -> None:
     plan, best = answers.read_plan(done), distil.best(done)
     assert best is not None
-    if plan.output == "merged" and plan.mode == "lora":
+    if plan.output == "merged" and (best / "adapter_config.json").exists():
         merged = PeftModel.from_pretrained(models.load(run.student), best).merge_and_unload()
         merged.save_pretrained(folder)
     else:
@@ -68,7 +110,8 @@ def _write_weights(run: Run, done: Done, folder: Path) -> None:
     for name in TOKENIZER_FILES:
         if (run.student / name).exists():
             shutil.copy(run.student / name, folder / name)
-    if plan.keep_zeros and plan.output == "merged" and (filled := zeros_filled(run.student, folder)):
+    holds = plan.trainable.keep_zeros and plan.output == "merged"
+    if holds and (filled := zeros_filled(run.student, folder)):
         raise RecoveryError(
             f"{filled} of the student's pruned weights are no longer zero; nothing is published."
         )

@@ -15,7 +15,7 @@ from typing import Final
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from recoup.schemas import Estimate, Outcome, Report
+from recoup.schemas import Estimate, Outcome, Report, Stopped
 from recoup_ml import plots
 
 
@@ -40,6 +40,20 @@ VERDICTS: Final[dict[Outcome, Verdict]] = {
     ),
 }
 
+PHASES: Final = {
+    "teacher": "the teacher's answers",
+    "student": "the student's own answers",
+    "rewrites": "references in the teacher's words",
+    "references": "references as they are",
+}
+STOPPED: Final[dict[Stopped, str]] = {
+    "steps": "all steps taken",
+    "gap_closed": "the gap was closed",
+    "regression": "validation was worse than before training",
+    "plateau": "validation stopped getting better",
+    "diverged": "the loss was not finite",
+}
+
 
 def html_page(report: Report) -> str:
     """One self-contained page; the same report gives the same bytes."""
@@ -55,6 +69,8 @@ def html_page(report: Report) -> str:
             diagonal_svg=_inline(plots.alignment_diagonal(report.alignment)),
             heatmap_svg=_inline(plots.alignment_heatmap(report.alignment)),
             ink=plots.INK,
+            PHASES=PHASES,
+            STOPPED=STOPPED,
         )
     )
 

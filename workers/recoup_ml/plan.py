@@ -1,148 +1,273 @@
-"""What `auto` decides, and why: from the diagnosis and the request to a plan without open questions."""
+"""What `auto` decides, and why: from the diagnosis and the request to a plan without open questions.
+
+Nothing here is learnt or measured; the numbers of `RULES` were chosen on the grid of
+`benchmarks/recovery.py` and are explained in docs/02-results.md.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
 
-from recoup.schemas import Choice, CreateRecovery, DamageReport
+from recoup.schemas import Choice, CreateRecovery, DamageReport, Method
+from recoup_ml.divergence import Divergence
 from recoup_ml.errors import UnsupportedRequest
+
+Data = Literal["teacher", "student", "rewrites", "references"]
+Mode = Literal["lora", "dora", "full", "norms"]
+REPAIRS: dict[str, frozenset[str]] = {
+    "finetuning": frozenset({"interpolate", "spectral", "restore_layers"}),
+    "quantization": frozenset({"low_rank_patch"}),
+    "pruning": frozenset({"reconstruct"}),
+}
+"""The training-free methods that apply to a kind of damage."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    damage: str
-    method: Literal["off_policy"]
-    mode: Literal["lora", "full"]
+class Phase:
+    """A stretch of training with answers of one origin and one objective."""
+
+    data: Data
+    """Whose answers: the teacher's, the student's own, rewritten references, or references."""
+    steps: int
+    learning_rate: float
+    probation: bool = False
+    """Whether the phase ends at the first validation that brings no gain."""
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """What of the student is trained."""
+
+    mode: Mode
     keep_zeros: bool
     """Pruned weights are held at exactly zero."""
     rank: int
     alpha: int
     targets: str | list[str]
     """Names of linear layers, or PEFT's `all-linear`."""
-    learning_rate: float
-    steps: int
+    by_damage: bool
+    """Whether layers further from the teacher get more of the ranks."""
+
+    @property
+    def saves_model(self) -> bool:
+        """Whether a checkpoint is a whole model; else it is an adapter of the student."""
+        return self.mode in {"full", "norms"} or self.keep_zeros
+
+
+@dataclass(frozen=True)
+class Plan:
+    damage: str
+    method: Method
+    phases: tuple[Phase, ...]
+    """Empty for a training-free method."""
+    divergence: Divergence
+    top_k: int | None
+    trainable: Trainable
     batch_size: int
-    temperature: float
+    start: Literal["student", "repair"]
+    """Whether a training-free repair that came nearer on validation is what training starts from."""
     output: Literal["adapter", "merged"]
     choices: tuple[Choice, ...]
 
     @property
-    def answers(self) -> int:
-        """How many training answers the plan can use."""
-        return self.steps * self.batch_size
+    def steps(self) -> int:
+        return sum(phase.steps for phase in self.phases)
+
+    def answers(self, data: Data) -> int:
+        """How many different answers of one origin the plan can use."""
+        return sum(phase.steps for phase in self.phases if phase.data == data) * self.batch_size
 
 
 @dataclass(frozen=True)
-class _Recipe:
+class _Rule:
     """What a kind of damage was seen to need, on SmolLM2-135M (docs/02-results.md)."""
 
+    method: Method
     steps: int
-    lora_rate: float
-    full_rate: float
+    rates: dict[Mode, float]
+    mode: Mode
     why: str
+    method_why: str
 
 
-RECIPES = {
-    "finetuning": _Recipe(20, 5e-4, 1e-4, "forgetting is shallow: the ability is masked, not erased"),
-    "quantization": _Recipe(40, 1e-3, 2e-4, "rounding disturbs every layer, so it takes more steps"),
-    "pruning": _Recipe(40, 5e-4, 2e-4, "what was cut must be learnt anew, so it takes many steps"),
+RULES = {
+    "finetuning": _Rule(
+        method="off_policy",
+        steps=24,
+        rates={"lora": 5e-4, "dora": 5e-4, "full": 1e-4, "norms": 5e-3},
+        mode="lora",
+        why="forgetting is shallow: the ability is masked, not erased",
+        method_why="the teacher's distribution on its own answers recovered most at equal cost",
+    ),
+    "quantization": _Rule(
+        method="off_policy",
+        steps=96,
+        rates={"lora": 1e-3, "dora": 1e-3, "full": 2e-4, "norms": 5e-3},
+        mode="lora",
+        why="rounding disturbs every layer, so it takes more steps",
+        method_why="the teacher's distribution on its own answers recovered most at equal cost",
+    ),
+    "pruning": _Rule(
+        method="off_policy",
+        steps=96,
+        rates={"lora": 1e-3, "dora": 1e-3, "full": 2e-4, "norms": 5e-3},
+        mode="full",
+        why="what was cut must be learnt anew, so it takes many steps",
+        method_why="the teacher's distribution on its own answers recovered most at equal cost",
+    ),
 }
 BATCH_SIZE = 8
+SECOND_STAGE = 1 / 3
+"""Share of the steps, and of the learning rate, that `two_stage` leaves for the student's own answers."""
+DEFAULT_BETA = {"jsd": 0.5, "skew_kl": 0.1}
+DATA: dict[Method, tuple[Data, ...]] = {
+    "off_policy": ("teacher",),
+    "on_policy": ("student",),
+    "two_stage": ("teacher", "student"),
+    "rewrite_sft": ("rewrites",),
+    "sft": ("references",),
+}
+"""Whose answers each trained method learns from, in order."""
 
 
 def make_plan(request: CreateRecovery, damage: DamageReport, available: int) -> Plan:
     """Settles every `auto`; `available` is the number of training prompts.
 
     Raises:
-        UnsupportedRequest: a merged adapter would fill a pruned student's zeros.
+        UnsupportedRequest: the method does not fit the damage, or the output would break a promise.
     """
-    kind = _kind(request, damage)
-    recipe = RECIPES[kind.value]
+    asked = request.training
+    kind, why_kind = _kind(request, damage)
+    rule = RULES[kind]
+    method, why_method = _method(request, rule, kind)
     keep_zeros = damage.zero_pattern != "none"
-    mode = _mode(request, keep_zeros)
-    output = _output(request, mode.value, keep_zeros)
-    rate = _learning_rate(request, recipe, mode.value)
-    batch = _batch_size(request, available)
-    steps = _steps(request, recipe)
-    method = Choice(
-        name="method",
-        value="off_policy",
-        why="forward KL to the frozen teacher on its own answers recovered most at equal cost",
-    )
-    lora = request.training.lora
+    mode, why_mode = _mode(request, rule)
+    output, why_output = _output(request, mode, method, keep_zeros)
+    rate = rule.rates[mode] if asked.learning_rate == "auto" else asked.learning_rate
+    steps = rule.steps if asked.steps == "auto" else asked.steps
+    batch = min(BATCH_SIZE, available) if asked.batch_size == "auto" else asked.batch_size
+    divergence, why_divergence = _divergence(request)
+    start, why_start = _start(request, kind)
+    choices = [("damage", kind, why_kind), ("method", method, why_method)]
+    if method in DATA:
+        choices += [
+            ("objective", _objective(method, divergence, request.method.top_k), why_divergence),
+            ("start", start, why_start),
+            ("mode", _mode_name(mode, keep_zeros, output), why_mode),
+            ("learning_rate", repr(rate), _why(asked.learning_rate, f"recovered most with {mode} here")),
+            ("steps", str(steps), _why(asked.steps, rule.why)),
+            ("batch_size", str(batch), _why(asked.batch_size, "steady gradients at little memory")),
+        ]
+    choices.append(("output", output, why_output))
     return Plan(
-        damage=kind.value,
-        method="off_policy",
-        mode="full" if mode.value == "full" else "lora",
-        keep_zeros=keep_zeros,
-        rank=lora.rank,
-        alpha=lora.alpha,
-        targets="all-linear" if lora.targets == "auto" else lora.targets,
-        learning_rate=float(rate.value),
-        steps=int(steps.value),
-        batch_size=int(batch.value),
-        temperature=request.method.temperature,
-        output="merged" if output.value == "merged" else "adapter",
-        choices=(kind, method, mode, rate, steps, batch, output),
+        damage=kind,
+        method=method,
+        phases=_phases(method, steps, rate),
+        divergence=divergence,
+        top_k=request.method.top_k,
+        trainable=Trainable(
+            mode=mode,
+            keep_zeros=keep_zeros and output == "merged",
+            rank=asked.lora.rank,
+            alpha=asked.lora.alpha,
+            targets="all-linear" if asked.lora.targets == "auto" else asked.lora.targets,
+            by_damage=asked.lora.allocation == "damage",
+        ),
+        batch_size=batch,
+        start=start,
+        output=output,
+        choices=tuple(Choice(name=name, value=value, why=why) for name, value, why in choices),
     )
 
 
-def _kind(request: CreateRecovery, damage: DamageReport) -> Choice:
+def _phases(method: Method, steps: int, rate: float) -> tuple[Phase, ...]:
+    if method == "two_stage":
+        second = max(1, round(SECOND_STAGE * steps))
+        return (
+            Phase("teacher", max(1, steps - second), rate),
+            Phase("student", second, SECOND_STAGE * rate, probation=True),
+        )
+    return tuple(Phase(data, steps, rate) for data in DATA.get(method, ()))
+
+
+def _kind(request: CreateRecovery, damage: DamageReport) -> tuple[str, str]:
     if request.damage != "auto":
-        return Choice(name="damage", value=request.damage, why="as requested")
+        return request.damage, "as requested"
     kind = "finetuning" if damage.kind == "none" else damage.kind
-    return Choice(name="damage", value=kind, why=" ".join(damage.evidence))
+    return kind, " ".join(damage.evidence)
 
 
-def _mode(request: CreateRecovery, keep_zeros: bool) -> Choice:
-    if request.training.mode != "auto":
-        return Choice(name="mode", value=request.training.mode, why="as requested")
-    if keep_zeros and request.output.kind != "adapter":
-        return Choice(
-            name="mode", value="full", why="a plain adapter would fill the pruned zeros when merged"
-        )
-    return Choice(
-        name="mode", value="lora", why="an adapter recovers as much here in less memory and is served as is"
-    )
-
-
-def _output(request: CreateRecovery, mode: str, keep_zeros: bool) -> Choice:
-    kind = request.output.kind
-    if mode == "full":
-        return Choice(name="output", value="merged", why="full fine-tuning gives a whole model")
-    if kind == "merged" and keep_zeros:
+def _method(request: CreateRecovery, rule: _Rule, kind: str) -> tuple[Method, str]:
+    asked = request.method.type
+    if asked == "auto":
+        return rule.method, rule.method_why
+    everywhere = frozenset(DATA)
+    if asked not in everywhere | REPAIRS[kind]:
         raise UnsupportedRequest(
-            "Merging an adapter would fill the student's pruned zeros; use training.mode full, "
-            "which holds them at zero, or output.kind adapter."
+            f"method.type {asked} does not repair {kind}; what does, beside training, is "
+            f"{', '.join(sorted(REPAIRS[kind]))}."
         )
-    why = (
-        "as requested"
-        if kind != "auto"
-        else "an adapter is small, and the student it belongs to stays as it is"
-    )
-    return Choice(name="output", value="adapter" if kind == "auto" else kind, why=why)
+    return asked, "as requested"
 
 
-def _learning_rate(request: CreateRecovery, recipe: _Recipe, mode: str) -> Choice:
-    asked = request.training.learning_rate
+def _divergence(request: CreateRecovery) -> tuple[Divergence, str]:
+    asked = request.method
+    name = "forward_kl" if asked.divergence == "auto" else asked.divergence
+    beta = DEFAULT_BETA.get(name, 0.5) if asked.beta is None else asked.beta
+    why = _why(asked.divergence, "it recovered most of all divergences at equal cost")
+    return Divergence(name, beta, asked.temperature), why
+
+
+def _objective(method: Method, divergence: Divergence, top_k: int | None) -> str:
+    if DATA[method][0] in {"rewrites", "references"}:
+        return "cross_entropy"
+    return str(divergence) + (f" on the teacher's top {top_k}" if top_k else "")
+
+
+def _start(request: CreateRecovery, kind: str) -> tuple[Literal["student", "repair"], str]:
+    asked = request.training.start
     if asked != "auto":
-        return Choice(name="learning_rate", value=repr(asked), why="as requested")
-    rate = recipe.full_rate if mode == "full" else recipe.lora_rate
-    return Choice(
-        name="learning_rate", value=repr(rate), why=f"seen to recover most with {mode} on this damage"
-    )
+        return asked, "as requested"
+    if kind == "finetuning":
+        return "student", "a repair in weight space would wear the new skill away"
+    return "repair", "a repair that costs no training saves steps, where it comes nearer on validation"
 
 
-def _steps(request: CreateRecovery, recipe: _Recipe) -> Choice:
-    asked = request.training.steps
+def _mode(request: CreateRecovery, rule: _Rule) -> tuple[Mode, str]:
+    asked = request.training.mode
     if asked != "auto":
-        return Choice(name="steps", value=str(asked), why="as requested")
-    return Choice(name="steps", value=str(recipe.steps), why=recipe.why)
+        return asked, "as requested"
+    if request.output.kind == "adapter":
+        return "lora", "an adapter was asked for"
+    if rule.mode == "full":
+        return "full", "what a pruned student must learn anew needs all of its weights; zeros stay zero"
+    return "lora", "an adapter recovers as much here in less memory and is served as is"
 
 
-def _batch_size(request: CreateRecovery, available: int) -> Choice:
-    asked = request.training.batch_size
-    if asked != "auto":
-        return Choice(name="batch_size", value=str(asked), why="as requested")
-    return Choice(
-        name="batch_size", value=str(min(BATCH_SIZE, available)), why="steady gradients at little memory"
-    )
+def _output(
+    request: CreateRecovery, mode: Mode, method: Method, keep_zeros: bool
+) -> tuple[Literal["adapter", "merged"], str]:
+    kind = request.output.kind
+    if method not in DATA and method != "low_rank_patch":
+        if kind == "adapter":
+            raise UnsupportedRequest(
+                f"{method} changes weights in place; output.kind adapter cannot hold that."
+            )
+        return "merged", f"{method} changes weights in place"
+    if method in DATA and mode in {"full", "norms"}:
+        return "merged", f"{mode} training gives a whole model"
+    if mode == "dora" and keep_zeros and kind == "merged":
+        raise UnsupportedRequest(
+            "DoRA scales whole columns and cannot hold a pruned student's zeros in a merged model; "
+            "use training.mode lora or full, or output.kind adapter."
+        )
+    if kind != "auto":
+        return kind, "as requested"
+    return "adapter", "an adapter is small, and the student it belongs to stays as it is"
+
+
+def _mode_name(mode: Mode, keep_zeros: bool, output: str) -> str:
+    return f"masked {mode}" if keep_zeros and output == "merged" and mode in {"lora", "full"} else mode
+
+
+def _why(asked: object, why: str) -> str:
+    return why if asked == "auto" else "as requested"

@@ -1,6 +1,6 @@
 """The held-out material of a recovery, the same for every model that is measured on it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -10,14 +10,15 @@ from recoup_ml.errors import EmptyDataset
 from recoup_ml.generate import LocalEngine
 from recoup_ml.natural_text import python_documentation
 from recoup_ml.results import Behaviour
-from recoup_ml.run import Run
+from recoup_ml.run import Counter, Run
 from recoup_ml.scores import Scores
-from recoup_ml.sequences import Encoded, encode
+from recoup_ml.sequences import Answered, Encoded, encode, reference_room
 from recoup_ml.splits import split_keep
+from recoup_ml.tasks import Questions, questions
 
 SAMPLES, KEPT = 16, 128
 WINDOWS, WINDOW_TOKENS = 32, 128
-DEFAULT_KEEP_TOKENS, KEEP_MARGIN = 64, 8
+DEFAULT_KEEP_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -27,26 +28,33 @@ class Probe:
     windows: list[tuple[int, ...]]
     """Natural text."""
     keep: list[Encoded]
+    tasks: list[Questions]
     tokenizer: PreTrainedTokenizerBase
     sample_tokens: int
     keep_tokens: int
 
-    def behaviour(self, model: PreTrainedModel, scored: Scores, tick: Callable[[int], None]) -> Behaviour:
+    def behaviour(self, model: PreTrainedModel, scored: Scores, counter: Counter) -> Behaviour:
         """Everything that `model` does on the probe, beside its scores on the test answers."""
         engine = LocalEngine(model, self.tokenizer)
-        answers = engine.answer(self.samples, self.sample_tokens, tick)
-        kept = engine.answer(self.keep, self.keep_tokens, lambda done: tick(len(self.samples) + done))
+
+        def answer(items: Sequence[Encoded], most: int) -> list[Answered]:
+            return engine.answer(items, most, counter.part(len(items)))
+
+        answers = answer(self.samples, self.sample_tokens)
         return Behaviour(
             scores=scored,
             natural=scores.natural_text(model, self.tokenizer, self.windows),
-            greedy=[answer.answer for answer in answers],
-            repetition=[scores.repetition(answer.answer_ids) for answer in answers],
-            kept=[answer.answer for answer in kept],
+            greedy=[given.answer for given in answers],
+            repetition=[scores.repetition(given.answer_ids) for given in answers],
+            kept=[given.answer for given in answer(self.keep, self.keep_tokens)],
+            tasks={
+                task.spec.name: task.marked(answer(task.items, task.max_new_tokens)) for task in self.tasks
+            },
         )
 
     @property
     def answers(self) -> int:
-        return len(self.samples) + len(self.keep)
+        return len(self.samples) + len(self.keep) + sum(len(task.items) for task in self.tasks)
 
 
 def make_probe(run: Run, test: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase) -> Probe:
@@ -60,6 +68,7 @@ def make_probe(run: Run, test: Sequence[Encoded], tokenizer: PreTrainedTokenizer
         samples=list(test[:: max(1, len(test) // SAMPLES)])[:SAMPLES],
         windows=windows,
         keep=keep,
+        tasks=[questions(task, run, tokenizer) for task in run.tasks],
         tokenizer=tokenizer,
         sample_tokens=run.request.generation.max_new_tokens,
         keep_tokens=keep_tokens(keep, tokenizer),
@@ -68,7 +77,4 @@ def make_probe(run: Run, test: Sequence[Encoded], tokenizer: PreTrainedTokenizer
 
 def keep_tokens(keep: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase) -> int:
     """Room for the longest reference answer, and a little more."""
-    references = [item.prompt.completion for item in keep if item.prompt.completion]
-    if not references:
-        return DEFAULT_KEEP_TOKENS
-    return max(len(tokenizer(text)["input_ids"]) for text in references) + KEEP_MARGIN
+    return reference_room(keep, tokenizer) or DEFAULT_KEEP_TOKENS

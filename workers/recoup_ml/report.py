@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from recoup.schemas import Choice, Cost, Provenance, Report, TrainingReport
-from recoup_ml import answers, diagnose, distil, evaluate, models, weights
+from recoup_ml import answers, baselines, diagnose, distil, evaluate, models, weights
 from recoup_ml.results import Diagnosis
 from recoup_ml.run import Done, Journal, Run
 from recoup_ml.sequences import read_jsonl
@@ -33,8 +33,10 @@ def assemble(run: Run, journal: Journal, done: Done) -> Report:
         measures=evaluation.measures,
         splits=diagnosis.splits,
         damage=diagnosis.damage,
-        plan=list(answers.read_plan(done).choices) if training else _nothing_to_plan(),
+        plan=list(answers.read_plan(done).choices) if "distil" in done else _nothing_to_plan(),
         training=training,
+        repairs=baselines.shown(done),
+        baseline=evaluation.baseline,
         alignment=evaluate.read_alignment(done),
         samples=evaluation.samples,
         cost=_cost(journal, done, diagnosis, training),
@@ -49,7 +51,7 @@ def _nothing_to_plan() -> list[Choice]:
 
 
 def _cost(journal: Journal, done: Done, diagnosis: Diagnosis, training: TrainingReport | None) -> Cost:
-    learnt = _generated(done["generate"]) if training else 0
+    learnt = _generated(done["generate"]) if "generate" in done else 0
     return Cost(
         stage_seconds=journal.stage_seconds(),
         tokens_generated=diagnosis.tokens_generated + learnt,
@@ -60,8 +62,10 @@ def _cost(journal: Journal, done: Done, diagnosis: Diagnosis, training: Training
 
 
 def _generated(folder: Path) -> int:
-    parts = folder.glob("*.jsonl")
-    return sum(len(answer.answer_ids) for part in parts for answer in read_jsonl(part))
+    """Tokens of all answers; of rewrites, those that there are to learn."""
+    parts = ["train", "validation", "keep"] + ["texts"] * (folder / "rewrites.jsonl").exists()
+    files = [folder / f"{part}.jsonl" for part in parts]
+    return sum(len(answer.answer_ids) for file in files if file.exists() for answer in read_jsonl(file))
 
 
 def _peak_memory() -> int:

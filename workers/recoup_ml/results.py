@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from pydantic import TypeAdapter
 
-from recoup.schemas import DamageReport, Measure, Outcome, Sample, Splits
+from recoup.schemas import Baseline, DamageReport, Measure, Outcome, Sample, Splits
 from recoup_ml.scores import Scores, Window
 
 T = TypeVar("T")
@@ -25,6 +25,8 @@ class Behaviour:
     """seq-rep-4 of those answers."""
     kept: list[str]
     """Its answers to the `keep` prompts."""
+    tasks: dict[str, list[bool]]
+    """By the task's name, whether it answered each question rightly."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Evaluation:
     outcome: Outcome
     reason: str
     measures: list[Measure]
+    baseline: Baseline | None
     samples: list[Sample]
     remarks: list[str]
 

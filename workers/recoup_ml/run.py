@@ -5,7 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from recoup.schemas import CreateRecovery, Prompt, Stage
+from recoup.schemas import CreateRecovery, Prompt, Stage, TaskSpec
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task of `evaluation.tasks` with its rows."""
+
+    spec: TaskSpec
+    prompts: Sequence[Prompt]
+    """Each with its reference answer."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +27,7 @@ class Run:
     request: CreateRecovery
     prompts: Sequence[Prompt]
     keep: Sequence[Prompt]
+    tasks: Sequence[Task]
     natural_text: Sequence[str]
     """Texts for bits per character; empty: text that Python carries."""
     vllm_url: str | None

@@ -19,6 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from recoup.schemas import Prompt
 
+SPARE_TOKENS = 8
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -57,16 +59,19 @@ class Batch:
     rows: tuple[int, ...]
     """Which sequences, by their index in what was batched."""
     ids_BT: Tensor
-    mask_BT: Tensor
-    """1 on tokens, 0 on padding."""
+    mask_BT: Tensor | None
+    """1 on tokens, 0 on padding; none in a pack, which has no padding."""
     answer_BT: Tensor
     """True on answer positions."""
     targets_N: Tensor
     """The answer tokens, sequence by sequence."""
+    places_BT: Tensor | None = None
+    """In a pack: the position of each token in its own sequence."""
 
     def to(self, device: torch.device) -> "Batch":
-        move = [getattr(self, name).to(device) for name in ("ids_BT", "mask_BT", "answer_BT", "targets_N")]
-        return Batch(self.rows, *move)
+        names = ("ids_BT", "mask_BT", "answer_BT", "targets_N", "places_BT")
+        parts = (getattr(self, name) for name in names)
+        return Batch(self.rows, *(part if part is None else part.to(device) for part in parts))
 
 
 def encode(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, most: int) -> list[Encoded]:
@@ -83,6 +88,21 @@ def _ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def reference_room(items: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of the longest reference answer, and a few more; 0 where there is none."""
+    references = [item.prompt.completion for item in items if item.prompt.completion]
+    return max((len(tokenizer(text)["input_ids"]) + SPARE_TOKENS for text in references), default=0)
+
+
+def with_answer(item: Encoded, tokenizer: PreTrainedTokenizerBase, most: int) -> Answered:
+    """A prompt with its reference answer and an end token; the sequence is cut at `most` tokens."""
+    text = item.prompt.completion or ""
+    ids = (*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
+    room = most - len(item.ids)
+    finish = "stop" if len(ids) <= room else "length"
+    return Answered(item.kind, item.text, item.ids, text, ids[:room], finish)
+
+
 def batches(sequences: Sequence[Answered], pad_id: int, tokens: int) -> Iterator[Batch]:
     """All sequences once, of like length together, at most `tokens` padded tokens a batch."""
     order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
@@ -93,6 +113,44 @@ def batches(sequences: Sequence[Answered], pad_id: int, tokens: int) -> Iterator
             end += 1
         yield collate(sequences, order[start:end], pad_id)
         start = end
+
+
+def packs(sequences: Sequence[Answered], tokens: int) -> Iterator[Batch]:
+    """All sequences once, laid end to end in rows of at most `tokens`; a longer one has a row of its own.
+
+    First fit, longest first. A model must be told by `places_BT` where a sequence begins.
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(sequences)), key=lambda index: -len(sequences[index])):
+        size = len(sequences[index])
+        fits = next((row for row, left in enumerate(room) if left >= size), None)
+        if fits is None:
+            rows.append([])
+            room.append(tokens)
+            fits = len(rows) - 1
+        rows[fits].append(index)
+        room[fits] -= size
+    yield from (pack(sequences, row) for row in rows)
+
+
+def pack(sequences: Sequence[Answered], rows: Sequence[int]) -> Batch:
+    """The named sequences one after another, as a batch of one row without padding."""
+    chosen = [sequences[row] for row in rows]
+    answer = [
+        first <= place < len(sequence) - 1
+        for sequence in chosen
+        for first in [len(sequence.prompt_ids) - 1]
+        for place in range(len(sequence))
+    ]
+    return Batch(
+        rows=tuple(rows),
+        ids_BT=torch.tensor([[token for item in chosen for token in (*item.prompt_ids, *item.answer_ids)]]),
+        mask_BT=None,
+        answer_BT=torch.tensor([answer]),
+        targets_N=torch.tensor([token for item in chosen for token in item.answer_ids]),
+        places_BT=torch.cat([torch.arange(len(item)) for item in chosen]).unsqueeze(0),
+    )
 
 
 def collate(sequences: Sequence[Answered], rows: Sequence[int], pad_id: int) -> Batch:

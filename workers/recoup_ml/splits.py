@@ -4,11 +4,12 @@ A verdict is worth what its test split is worth. Where prompts carry a `kind`, w
 kinds are held out, so that the test asks for ability, not for memory of a template;
 otherwise the split goes by hash. Duplicates are dropped first, so that no prompt can
 stand on both sides. Places depend on the prompts' text alone, never on their order.
+What stands in a task of the evaluation is neither trained nor validated on.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from recoup.schemas import Prompt
@@ -26,16 +27,22 @@ class Split:
     test: tuple[Prompt, ...]
     test_kinds: tuple[str, ...]
     duplicates_dropped: int
+    task_duplicates_dropped: int
 
 
-def split(prompts: Sequence[Prompt], test: int, validation: int) -> Split:
-    """Divides prompts into train, validation and test; at most `test` and `validation` prompts in those."""
-    ordered = _unique(prompts)
+def split(prompts: Sequence[Prompt], test: int, validation: int, tasks: Iterable[Prompt] = ()) -> Split:
+    """Divides prompts into train, validation and test; at most `test` and `validation` prompts in those.
+
+    Prompts that stand in `tasks` come into test alone.
+    """
+    ordered = by_hash(prompts)
     kinds = held_out_kinds(ordered)
     candidates = [prompt for prompt in ordered if prompt.kind in kinds] if kinds else ordered
     share = len(candidates) if kinds else max(1, round(TEST_SHARE * len(ordered)))
     tested = candidates[: min(test, share)]
-    rest = [prompt for prompt in ordered if prompt.kind not in kinds] if kinds else ordered[len(tested) :]
+    others = [prompt for prompt in ordered if prompt.kind not in kinds] if kinds else ordered[len(tested) :]
+    asked = {_key(prompt) for prompt in tasks}
+    rest = [prompt for prompt in others if _key(prompt) not in asked]
     chosen = min(validation, max(1, round(VALIDATION_SHARE * len(rest))))
     return Split(
         train=tuple(rest[chosen:]),
@@ -43,12 +50,13 @@ def split(prompts: Sequence[Prompt], test: int, validation: int) -> Split:
         test=tuple(tested),
         test_kinds=tuple(sorted(kinds)),
         duplicates_dropped=len(prompts) - len(ordered),
+        task_duplicates_dropped=len(others) - len(rest),
     )
 
 
 def split_keep(prompts: Sequence[Prompt], test: int) -> tuple[list[Prompt], list[Prompt]]:
     """The prompts of `keep` as (train, test), by hash: at most half of them, at most `test`, are tested."""
-    ordered = _unique(prompts)
+    ordered = by_hash(prompts)
     tested = min(test, (len(ordered) + 1) // 2)
     return ordered[tested:], ordered[:tested]
 
@@ -78,7 +86,7 @@ def prompts_sha256(prompts: Sequence[Prompt]) -> str:
     return hashlib.sha256("".join(sorted(_key(prompt) for prompt in prompts)).encode()).hexdigest()
 
 
-def _unique(prompts: Sequence[Prompt]) -> list[Prompt]:
+def by_hash(prompts: Sequence[Prompt]) -> list[Prompt]:
     """Each prompt once, in the order of its hash; of twins the same one, whatever order they came in."""
     twins = sorted(prompts, key=lambda prompt: prompt.model_dump_json())
     unique = {_key(prompt): prompt for prompt in twins}

@@ -4,7 +4,7 @@ The primary measure is the mean token KL(teacher‖student) on test; its floor i
 KL to itself after a round trip through bfloat16. With r = (before - after) / (before - floor)
 and its 95 % bootstrap interval over sequences:
 
-    not_needed  before ≤ max(2 x floor, 0.01 nats); nothing is trained
+    not_needed  before ≤ max(2 x floor, 0.01 nats), and no task has a deficit; nothing is trained
     regressed   the upper bound of r is below 0, or a guarded measure got worse than the gate allows
     no_gain     the interval of r contains 0
     recovered   the lower bound of r is at least `min_recovered`; `partial` above 0, below that
@@ -21,6 +21,8 @@ from recoup.schemas import Estimate, Gate, Measure, Outcome
 
 RESAMPLES = 2000
 NEGLIGIBLE_NATS = 0.01
+TAIL = 2.5
+"""Percent of resamples beyond either end of an interval."""
 
 Array = NDArray[np.float64]
 Statistic = Callable[[Array], float]
@@ -62,9 +64,20 @@ def percentile(q: float) -> Statistic:
     return lambda values: float(np.percentile(values[~np.isnan(values)], q))
 
 
-def not_needed(before_kl: float, floor_kl: float) -> bool:
-    """Whether the student is as good as its teacher after rounding; both nats a token."""
-    return before_kl <= max(2 * floor_kl, NEGLIGIBLE_NATS)
+def not_needed(before_kl: float, floor_kl: float, deficits: Sequence[str] = ()) -> bool:
+    """Whether the student is as good as its teacher after rounding (nats a token), and in every task."""
+    return before_kl <= max(2 * floor_kl, NEGLIGIBLE_NATS) and not deficits
+
+
+def deficits(measures: Sequence[Paired], seed: int) -> list[str]:
+    """The names of those in which a paired test finds the student before to be worse than the teacher.
+
+    The test is that of the recovered fraction: the lower bound of teacher - before, bootstrapped over
+    units, is above zero. Its level is divided by the number of measures (Bonferroni), so that more
+    tasks do not find more by chance.
+    """
+    level = TAIL / max(1, len(measures))
+    return [item.name for item in measures if _has_deficit(item, _bootstrap(item, seed), level)]
 
 
 def measure(paired: Paired, gate: Gate, seed: int) -> Measure:
@@ -89,6 +102,22 @@ def measure(paired: Paired, gate: Gate, seed: int) -> Measure:
         guarded=paired.guarded,
         worse=worse,
     )
+
+
+def lead(floor: Array, before: Array, ours: Array, theirs: Array, *, seed: int) -> Estimate | None:
+    """How much more of the gap one student recovered than another, over the same units of (sum, weight).
+
+    (theirs - ours) / (before - floor), bootstrapped over units; None where there is no gap.
+    """
+    mean = ratio_of_sums()
+    resamples = np.random.default_rng(seed).integers(0, len(before), (RESAMPLES, len(before)))
+
+    def share(rows: NDArray[np.int64] | slice) -> float:
+        gap = mean(before[rows]) - mean(floor[rows])
+        return (mean(theirs[rows]) - mean(ours[rows])) / gap if gap > 0 else float("nan")
+
+    value, draws = share(slice(None)), np.array([share(rows) for rows in resamples])
+    return _estimate(value, draws) if np.isfinite(draws).all() else None
 
 
 def outcome(primary: Measure, measures: Sequence[Measure], gate: Gate) -> tuple[Outcome, str]:
@@ -117,22 +146,26 @@ def _gain(low: float, gate: Gate, found: str) -> tuple[Outcome, str]:
 
 
 def _bootstrap(paired: Paired, seed: int) -> dict[str, Array]:
-    """The measure of each model in every resample of units, the same units for all three."""
-    assert paired.after is not None
+    """The measure of each model in every resample of units, the same units for all."""
     units = len(paired.before)
     resamples = np.random.default_rng(seed).integers(0, units, (RESAMPLES, units))
     models = {"teacher": paired.teacher, "before": paired.before, "after": paired.after}
     return {
         name: np.array([paired.statistic(values[rows]) for rows in resamples])
         for name, values in models.items()
+        if values is not None
     }
+
+
+def _has_deficit(paired: Paired, draws: dict[str, Array], level: float = TAIL) -> bool:
+    sign = 1.0 if paired.better == "higher" else -1.0
+    return bool(np.percentile(sign * (draws["teacher"] - draws["before"]), level) > 0)
 
 
 def _recovered(paired: Paired, draws: dict[str, Array]) -> Estimate | None:
     """(after - before) / (teacher - before); nothing where a paired test finds no deficit before."""
-    sign = 1.0 if paired.better == "higher" else -1.0
     gap, won = draws["teacher"] - draws["before"], draws["after"] - draws["before"]
-    if np.percentile(sign * gap, 2.5) <= 0 or not np.isfinite(won).all():
+    if not _has_deficit(paired, draws) or not np.isfinite(won).all():
         return None
     models = (paired.teacher, paired.before, paired.after)
     teacher, before, after = (paired.statistic(values) for values in models if values is not None)
@@ -149,7 +182,7 @@ def _retained(paired: Paired, draws: dict[str, Array]) -> Estimate | None:
 
 
 def _estimate(value: float, draws: Array) -> Estimate:
-    low, high = np.percentile(draws, [2.5, 97.5])
+    low, high = np.percentile(draws, [TAIL, 100 - TAIL])
     return Estimate(value=value, low=float(low), high=float(high))
 
 
@@ -160,4 +193,4 @@ def _worse(paired: Paired, draws: dict[str, Array], allowed: float) -> bool:
     if not np.isfinite(after):
         return True
     lost = sign * (after - before) > allowed * abs(before)
-    return bool(lost and np.percentile(sign * (draws["after"] - draws["before"]), 2.5) > 0)
+    return bool(lost and np.percentile(sign * (draws["after"] - draws["before"]), TAIL) > 0)

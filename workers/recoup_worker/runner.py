@@ -11,6 +11,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from recoup.schemas import FilePrompts
 from recoup_jobs.artifacts import ARTIFACTS
 from recoup_jobs.claims import Claim
 from recoup_jobs.datasets import load_prompts, load_text
@@ -67,7 +68,7 @@ def _recover(claim: Claim, ledger: Ledger, settings: Settings) -> None:
 
 
 def _run(claim: Claim, ledger: Ledger, settings: Settings) -> "Run":
-    from recoup_ml.run import Run
+    from recoup_ml.run import Run, Task
 
     request = claim.request
     text = request.evaluation.natural_text
@@ -78,6 +79,10 @@ def _run(claim: Claim, ledger: Ledger, settings: Settings) -> "Run":
         request=request,
         prompts=load_prompts(ledger, settings, request.prompts),
         keep=load_prompts(ledger, settings, request.keep) if request.keep else [],
+        tasks=[
+            Task(spec, load_prompts(ledger, settings, FilePrompts(file=spec.file)))
+            for spec in request.evaluation.tasks
+        ],
         natural_text=load_text(ledger, settings, text) if text else [],
         vllm_url=settings.vllm_urls[0] if settings.vllm_urls else None,
     )

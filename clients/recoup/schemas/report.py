@@ -18,7 +18,8 @@ class Measure(Output):
     """One measure on held-out data, of the teacher, the student before and the student after."""
 
     name: str
-    """`kl`, `kl_p99`, `agreement`, `perplexity_answers`, `bits_per_character`, `repetition`, `keep`."""
+    """`kl`, `kl_p99`, `agreement`, `perplexity_answers`, `bits_per_character`, `repetition`, `keep`,
+    and `task:<name>` for each task."""
     label: str
     unit: str
     better: Literal["lower", "higher"]
@@ -56,7 +57,10 @@ class DamageReport(Output):
     evidence: list[str]
     """One sentence a finding."""
     weight_distance: float | None
-    """||W_student - W_teacher|| / ||W_teacher|| over all tensors of equal shape (Frobenius)."""
+    """||W_student - W_teacher|| / ||W_teacher|| over all tensors of equal shape (Frobenius).
+
+    Null where only a quantizer can read the student's packed weights.
+    """
     zero_fraction: float
     """Share of exact zeros in the student's linear weights."""
     zero_pattern: Literal["none", "unstructured", "2:4"]
@@ -64,7 +68,7 @@ class DamageReport(Output):
     layer_map: list[tuple[int, int]]
     """(student layer, teacher layer), from 0, of the decoder layers that correspond."""
     distance_by_layer: list[float]
-    """Relative weight distance of each student layer to its teacher layer."""
+    """Relative weight distance of each student layer to its teacher layer; 0 where none can be taken."""
 
 
 class Splits(Output):
@@ -76,6 +80,8 @@ class Splits(Output):
     test_kinds: list[str]
     """Whole kinds of prompts that appear in test alone."""
     duplicates_dropped: int
+    task_duplicates_dropped: int
+    """Prompts that were not trained on, nor validated on, because they stand in a task."""
     too_long_dropped: int
     prompts_sha256: str
 
@@ -94,13 +100,49 @@ class Checkpoint(Output):
     chosen: bool
 
 
+Stopped = Literal["steps", "gap_closed", "regression", "plateau", "diverged"]
+
+
+class PhaseReport(Output):
+    """One phase of training: answers of one origin, one objective."""
+
+    data: Literal["teacher", "student", "rewrites", "references"]
+    """Whose answers were learnt from."""
+    objective: str
+    """The divergence that was made small, or cross-entropy."""
+    learning_rate: float
+    """At its highest."""
+    planned_steps: int
+    steps: int
+    """Optimizer steps that were taken."""
+    tokens: int
+    """Answer tokens that entered the loss, repeats and `keep` counted."""
+    seconds: float
+    stopped: Stopped
+    """`steps`: all planned steps were taken."""
+
+
+class RewriteCounts(Output):
+    """What became of the references in `rewrite_sft`."""
+
+    kept: int
+    """Rewrites that were learnt from."""
+    originals: int
+    """References that stayed as they were, their rewrite being refused."""
+    refused: dict[str, int]
+    """Why rewrites were refused."""
+
+
 class TrainingReport(Output):
     method: str
-    mode: Literal["lora", "full"]
+    mode: str
+    """`lora`, `masked lora`, `dora`, `full`, `masked full` or `norms`."""
+    started_from: str
+    """`student`, or the training-free repair that came nearer to the teacher on validation."""
     steps: int
     """Optimizer steps that were taken."""
     batch_size: int
-    learning_rate: float
+    phases: list[PhaseReport]
     trainable_parameters: int
     keep_answers: int
     """Prompts of `keep` on which the student was held to its own distribution before."""
@@ -108,10 +150,41 @@ class TrainingReport(Output):
     """Answer tokens that entered the loss, repeats counted."""
     masked_weights: int
     """Pruned weights that were held at zero."""
+    initial_validation_kl: float
+    """Of the student before its first step, nats."""
     diverged: bool
     """The loss became infinite or not a number, and training stopped there."""
+    rewrites: RewriteCounts | None
     curve: list[TrainingPoint]
     checkpoints: list[Checkpoint]
+
+
+class TriedRepair(Output):
+    """A training-free repair as it did on validation prompts."""
+
+    name: str
+    """The method, as in `method.type`."""
+    label: str
+    """With its setting."""
+    validation_kl: float | None
+    """Mean token KL(teacher‖repaired), nats; null if not finite."""
+    seconds: float
+
+
+class Baseline(Output):
+    """The training-free repair that was best on validation, measured on test."""
+
+    name: str
+    label: str
+    kl: float
+    agreement: float
+    bits_per_character: float
+    keep: float | None
+    """Exact match on the new skill; null where none is kept."""
+    recovered: Estimate | None
+    """Recovered fraction of the KL gap."""
+    lead: Estimate | None
+    """Recovered fraction of the trained student minus that of the repair, over the same sequences."""
 
 
 class AlignmentState(Output):
@@ -194,6 +267,11 @@ class Report(Output):
     damage: DamageReport
     plan: list[Choice]
     training: TrainingReport | None
+    """Null where nothing was trained: no need, or a training-free method."""
+    repairs: list[TriedRepair]
+    """Training-free repairs that were tried, best first."""
+    baseline: Baseline | None
+    """Null where no repair applies, where none was asked for, or where a repair is the method."""
     alignment: Alignment
     samples: list[Sample]
     cost: Cost

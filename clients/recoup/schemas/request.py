@@ -6,7 +6,16 @@ value that passed here needs no second look at its type further down.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 Damage = Literal["finetuning", "quantization", "pruning"]
 
@@ -19,6 +28,7 @@ MetadataKey = Annotated[str, StringConstraints(min_length=1, max_length=64, patt
 MetadataValue = Annotated[str, StringConstraints(max_length=512, pattern=r"^[^\x00]*$")]
 LayerName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.\-]{1,64}$")]
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._\-]{0,63}$")]
+TaskName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_\-]{1,32}$")]
 
 
 class Input(BaseModel):
@@ -51,11 +61,56 @@ Prompts = Annotated[
 ]
 
 
+Method = Literal[
+    "off_policy",
+    "on_policy",
+    "two_stage",
+    "rewrite_sft",
+    "sft",
+    "interpolate",
+    "spectral",
+    "restore_layers",
+    "low_rank_patch",
+    "reconstruct",
+]
+"""How a student is recovered.
+
+Trained on distributions: `off_policy` (the teacher answers, the student learns the teacher's
+distribution on the answers), `on_policy` (the student answers, the teacher scores every token),
+`two_stage` (the one, then the other while it still gains).
+Trained on text: `rewrite_sft` (the teacher puts reference answers into its own words), `sft`
+(the references as they are: the baseline).
+Without training: `interpolate`, `spectral`, `restore_layers` for fine-tuning, `low_rank_patch`
+for quantization, `reconstruct` for pruning.
+"""
+DivergenceName = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl"]
+MODEL_KINDS = frozenset({"full", "norms"})
+"""Training modes that give a whole model, not an adapter."""
+
+
+class RolloutSpec(Input):
+    """How the student answers in `on_policy` and `two_stage`."""
+
+    temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 1.0
+    """0 is greedy."""
+    max_new_tokens: Literal["auto"] | Annotated[int, Field(ge=1, le=8192)] = "auto"
+    """Where an answer is cut; `auto`: at `generation.max_new_tokens`."""
+    refresh_steps: Annotated[int, Field(ge=1, le=1000)] = 4
+    """The student as it is answers for so many steps at once."""
+    skip_tokens: Annotated[int, Field(ge=0, le=64)] = 0
+    """First answer tokens that do not enter the loss."""
+
+
 class MethodSpec(Input):
-    type: Literal["auto", "off_policy"] = "auto"
-    """`off_policy`: the teacher answers, the student learns the teacher's distribution on the answers."""
+    type: Literal["auto"] | Method = "auto"
+    divergence: Literal["auto"] | DivergenceName = "auto"
+    beta: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """The teacher's weight in the mixture of `jsd` (default 0.5) or `skew_kl` (default 0.1)."""
     temperature: Annotated[float, Field(gt=0.0, le=10.0)] = 1.0
     """Softens both distributions in the divergence; 1 is the distribution itself."""
+    top_k: Annotated[int, Field(ge=2, le=4096)] | None = None
+    """Keep only the teacher's likeliest tokens and the rest as one; null: the whole distribution."""
+    rollouts: RolloutSpec = RolloutSpec()
 
 
 class LoraSpec(Input):
@@ -63,10 +118,13 @@ class LoraSpec(Input):
     alpha: Annotated[int, Field(ge=1, le=2048)] = 32
     targets: Literal["auto"] | Annotated[list[LayerName], Field(min_length=1, max_length=32)] = "auto"
     """Names of the linear layers that get an adapter; `auto`: all of attention and MLP."""
+    allocation: Literal["uniform", "damage"] = "uniform"
+    """`damage`: the same number of parameters in all, spent by how far each layer is from the teacher's."""
 
 
 class TrainingSpec(Input):
-    mode: Literal["auto", "lora", "full"] = "auto"
+    mode: Literal["auto", "lora", "dora", "full", "norms"] = "auto"
+    """`norms`: only norms and biases train. A pruned student's zeros stay zero in every merged model."""
     lora: LoraSpec = LoraSpec()
     steps: Literal["auto"] | Annotated[int, Field(ge=1, le=1_000_000)] = "auto"
     learning_rate: Literal["auto"] | Annotated[float, Field(gt=0.0, le=10.0)] = "auto"
@@ -74,6 +132,11 @@ class TrainingSpec(Input):
     """Sequences an optimizer step."""
     max_length: Annotated[int, Field(ge=16, le=32_768)] = 1024
     """Tokens a sequence, prompt and answer together; a prompt that leaves too little room is dropped."""
+    start: Literal["auto", "student", "repair"] = "auto"
+    """From the student as it is, or from its best training-free repair; `auto`: whichever is nearer on
+    validation, but for fine-tuning the student, whose new skill a repair in weight space would wear away."""
+    stop_early: bool = True
+    """Stop when the gap is closed, when validation gets worse than before training, or on a plateau."""
 
 
 class GenerationSpec(Input):
@@ -88,14 +151,47 @@ class Gate(Input):
     """The relative loss on a guarded measure beyond which the outcome is `regressed`."""
 
 
+Match = Literal["exact", "contains", "number"]
+"""When an answer is right.
+
+`exact`: it is the reference, white space at both ends aside. `contains`: the reference stands in it as
+whole words, whatever their case. `number`: its last number is the reference's last number.
+"""
+
+
+class TaskSpec(Input):
+    """Prompts with one right answer each, answered greedily by teacher and student."""
+
+    name: TaskName
+    file: FileId
+    """An uploaded JSONL file of prompts whose rows all carry a reference answer."""
+    match: Match = "exact"
+    max_new_tokens: Literal["auto"] | Annotated[int, Field(ge=1, le=8192)] = "auto"
+    """Where an answer is cut; `auto`: it has room for the longest reference, and where it need not be
+    exact, at least for `generation.max_new_tokens`."""
+
+
 class EvaluationSpec(Input):
+    baselines: bool = True
+    """Measure the training-free repairs of this damage beside the trained student."""
     natural_text: FilePrompts | None = None
     """Plain text for bits per character, `{"text": "..."}` a line; default: text that Python carries."""
+    tasks: Annotated[list[TaskSpec], Field(max_length=8)] = []
+    """Each is a guarded measure; what stands in one is not trained on."""
+    task_rows: Annotated[int, Field(ge=16, le=10_000)] = 256
+    """At most so many rows of a task are asked, chosen by hash."""
     test_sequences: Annotated[int, Field(ge=16, le=10_000)] = 128
     """At most so many held-out prompts decide the verdict."""
     validation_sequences: Annotated[int, Field(ge=8, le=10_000)] = 64
     """At most so many choose the checkpoint."""
     gate: Gate = Gate()
+
+    @field_validator("tasks")
+    @classmethod
+    def _differ(cls, tasks: list[TaskSpec]) -> list[TaskSpec]:
+        if len({task.name for task in tasks}) < len(tasks):
+            raise ValueError("every task must have a name of its own")
+        return tasks
 
 
 class AlignmentSpec(Input):
@@ -139,6 +235,10 @@ class CreateRecovery(Input):
     def _fits_together(self) -> "CreateRecovery":
         if self.generation.max_new_tokens >= self.training.max_length:
             raise ValueError("generation.max_new_tokens must be less than training.max_length")
-        if self.training.mode == "full" and self.output.kind == "adapter":
-            raise ValueError("training.mode full gives a whole model, so output.kind cannot be adapter")
+        if self.training.mode in MODEL_KINDS and self.output.kind == "adapter":
+            raise ValueError(
+                f"training.mode {self.training.mode} gives a whole model, so output.kind cannot be adapter"
+            )
+        if self.method.beta is not None and self.method.divergence not in {"jsd", "skew_kl"}:
+            raise ValueError("method.beta belongs to method.divergence jsd or skew_kl")
         return self

@@ -9,54 +9,77 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from recoup.schemas import ChatRow, Checkpoint, TrainingPoint, TrainingReport
-from recoup_ml import distil, injure, models
-from recoup_ml.answers import Lesson
-from recoup_ml.distil import Watchers, draws, prepare, rate_share, train, validation_steps
+from recoup_ml import models
+from recoup_ml.divergence import Divergence
 from recoup_ml.evaluate import load_trained
 from recoup_ml.generate import LocalEngine
+from recoup_ml.lessons import FixedCourse, Lesson, distributions, texts
 from recoup_ml.observation import observe
-from recoup_ml.plan import Plan
+from recoup_ml.plan import Phase, Plan, Trainable
 from recoup_ml.scores import compare
-from recoup_ml.sequences import Answered, encode
+from recoup_ml.sequences import Answered, batches, encode, packs
 from recoup_ml.tickets import ticket_rows
+from recoup_ml.trainable import prepare
+from recoup_ml.training import Training, Watchers, learn, rate_share, validation_steps
 from recoup_ml.weights import Weights, block_of, zeros_filled
 
 Student = Callable[[str], Path]
 
+LORA = Trainable(mode="lora", keep_zeros=False, rank=8, alpha=16, targets="all-linear", by_damage=False)
 PLAN = Plan(
     damage="finetuning",
     method="off_policy",
-    mode="lora",
-    keep_zeros=False,
-    rank=8,
-    alpha=16,
-    targets="all-linear",
-    learning_rate=3e-3,
-    steps=12,
+    phases=(Phase("teacher", 12, 3e-3),),
+    divergence=Divergence(),
+    top_k=None,
+    trainable=LORA,
     batch_size=8,
-    temperature=1.0,
+    start="student",
     output="adapter",
     choices=(),
 )
-FULL = replace(PLAN, mode="full", output="merged", learning_rate=1e-3)
+
+
+def planned(plan: Plan, **changes: object) -> Plan:
+    """`planned(PLAN, steps=1, learning_rate=…, mode="full", rank=2, …)`: changes, wherever they belong."""
+    fields = {name: changes.pop(name) for name in ("steps", "learning_rate") if name in changes}
+    what = {name: changes.pop(name) for name in list(changes) if hasattr(plan.trainable, name)}
+    return replace(
+        plan,
+        phases=tuple(replace(phase, **fields) for phase in plan.phases),
+        trainable=replace(plan.trainable, **what),
+        **changes,
+    )
+
+
+FULL = planned(PLAN, mode="full", output="merged", learning_rate=1e-3)
 MODES = pytest.mark.parametrize("plan", [PLAN, FULL], ids=["lora", "full"])
 
 
 @pytest.fixture(scope="module")
 def lesson(healthy: PreTrainedModel, answered: list[Answered]) -> Lesson:
-    return Lesson(answered[:32], observe(healthy, answered[:32], 0))
+    return taught(healthy, answered[:32])
 
 
 @pytest.fixture(scope="module")
 def exam(healthy: PreTrainedModel, answered: list[Answered]) -> Lesson:
-    return Lesson(answered[32:], observe(healthy, answered[32:], 0))
+    return taught(healthy, answered[32:])
+
+
+def taught(model: PreTrainedModel, answers: list[Answered], top_k: int | None = None) -> Lesson:
+    """The lesson of a model on answers."""
+    return distributions(answers, observe(model, answers, 0), top_k, 1.0)
 
 
 def kl(model: PreTrainedModel, lesson: Lesson) -> float:
-    return compare(lesson.teacher, observe(model, lesson.answers, 0), lesson.answers).mean_kl
+    seen = observe(model, lesson.answers, 0)
+    teacher = replace(
+        seen, hidden=[target.hidden_ND for target in lesson.targets], head=lesson.targets[0].head
+    )
+    return compare(teacher, seen, lesson.answers).mean_kl
 
 
 @dataclass(frozen=True)
@@ -73,8 +96,16 @@ def trained(exam: Lesson, tmp_path: Path) -> Callable[..., Trained]:
     def run(folder: Path, lessons: Sequence[Lesson], plan: Plan = PLAN, seed: int = 0) -> Trained:
         told: list[TrainingPoint | Checkpoint] = []
         best = tmp_path / f"best-{len(list(tmp_path.iterdir()))}"
-        watchers = Watchers(lambda model: kl(model, exam), told.append)
-        return Trained(train(models.load(folder), lessons, plan, seed, 0, watchers, best), best, told)
+        watchers = Watchers(lambda model: kl(model, exam), 0.0, told.append)
+        student = models.load(folder)
+        trainee = prepare(student, plan.trainable, [1.0] * 4, seed)
+        work = Training(trainee, plan, 0, watchers, kl(student, exam), stops_early=False, best=best)
+        first, *kept = (FixedCourse(lesson, plan.batch_size, seed) for lesson in lessons)
+        for course in kept:
+            work.keep(course)
+        for phase in plan.phases:
+            work.run(phase, first)
+        return Trained(work.report("student", 0, None), best, told)
 
     return run
 
@@ -95,7 +126,8 @@ def test_a_seed_gives_the_same_weights_twice(
 ) -> None:
     first, again, other = (trained(student("finetuned"), [lesson], plan, seed) for seed in (0, 0, 1))
     assert same(first.best, again.best)
-    assert first.report == again.report
+    assert first.report.curve == again.report.curve
+    assert first.report.checkpoints == again.report.checkpoints
     assert not same(first.best, other.best)
 
 
@@ -116,7 +148,7 @@ def test_the_loss_falls_on_what_is_learnt_and_on_what_is_not(
 def test_the_first_loss_is_the_divergence_before_anything_was_learnt(
     student: Student, lesson: Lesson, trained: Callable[..., Trained]
 ) -> None:
-    found = trained(student("finetuned"), [lesson], replace(PLAN, steps=1, batch_size=32))
+    found = trained(student("finetuned"), [lesson], planned(PLAN, steps=1, batch_size=32))
     assert found.report.curve[0].loss == pytest.approx(
         kl(models.load(student("finetuned")), lesson), rel=1e-4
     )
@@ -125,7 +157,7 @@ def test_the_first_loss_is_the_divergence_before_anything_was_learnt(
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn(
     student: Student, lesson: Lesson, trained: Callable[..., Trained]
 ) -> None:
-    found = trained(student("copy"), [lesson], replace(PLAN, steps=1))
+    found = trained(student("copy"), [lesson], planned(PLAN, steps=1))
     assert abs(found.report.curve[0].loss) < 1e-6
 
 
@@ -133,7 +165,7 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn(
 def test_the_best_checkpoint_is_the_one_that_validation_chose(
     plan: Plan, student: Student, lesson: Lesson, exam: Lesson, trained: Callable[..., Trained]
 ) -> None:
-    found = trained(student("finetuned"), [lesson], replace(plan, learning_rate=2e-2))
+    found = trained(student("finetuned"), [lesson], planned(plan, learning_rate=2e-2))
     (chosen,) = [point for point in found.report.checkpoints if point.chosen]
     assert chosen.validation_kl == min(point.validation_kl for point in found.report.checkpoints)
     assert kl(load_trained(student("finetuned"), found.best), exam) == pytest.approx(
@@ -155,7 +187,7 @@ def test_an_adapter_leaves_the_student_as_it_was(
 def test_an_adapter_goes_where_it_was_told(
     student: Student, lesson: Lesson, trained: Callable[..., Trained]
 ) -> None:
-    found = trained(student("finetuned"), [lesson], replace(PLAN, steps=1, targets=["q_proj"], rank=2))
+    found = trained(student("finetuned"), [lesson], planned(PLAN, steps=1, targets=["q_proj"], rank=2))
     assert adapted(found.best) == {"q_proj"}
     assert {min(weight.shape) for weight in tensors(found.best).values()} == {2}
 
@@ -167,7 +199,7 @@ def adapted(folder: Path) -> set[str]:
 def test_left_alone_an_adapter_goes_to_every_linear_layer_of_the_blocks(
     student: Student, lesson: Lesson, trained: Callable[..., Trained]
 ) -> None:
-    found = trained(student("finetuned"), [lesson], replace(PLAN, steps=1, targets="all-linear"))
+    found = trained(student("finetuned"), [lesson], planned(PLAN, steps=1, targets="all-linear"))
     attention, mlp = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_proj", "up_proj", "down_proj"}
     assert adapted(found.best) == attention | mlp
 
@@ -176,7 +208,7 @@ def test_left_alone_an_adapter_goes_to_every_linear_layer_of_the_blocks(
 def test_pruned_weights_stay_zero_while_the_others_learn(
     damage: str, student: Student, lesson: Lesson, trained: Callable[..., Trained]
 ) -> None:
-    found = trained(student(damage), [lesson], replace(FULL, keep_zeros=True))
+    found = trained(student(damage), [lesson], planned(FULL, keep_zeros=True))
     before, after = tensors(student(damage)), tensors(found.best)
     pruned = [name for name in before if block_of(name) is not None and before[name].dim() == 2]
     for name in pruned:
@@ -195,50 +227,49 @@ def test_zeros_that_nobody_holds_are_filled(
     assert zeros_filled(student("pruned"), found.best) > 1000
 
 
-def test_a_family_whose_matrices_are_no_linear_layers_keeps_its_zeros_too(tmp_path: Path) -> None:
-    """GPT-2's matrices are `Conv1D`; those of a mixture of experts are bare three-dimensional parameters."""
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(
-        GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
-    )
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if block_of(name) is not None and weight.dim() == 2:
-                weight.copy_(injure.cut_smallest(weight, 0.5))
-    trainee = prepare(model, replace(FULL, keep_zeros=True))
-    assert sum(int((~mask).sum()) for _, mask in trainee.masks) > 10_000
-
-
-def plain_gradient(
-    student: PreTrainedModel, lesson: Lesson, rows: list[int], temperature: float
-) -> list[torch.Tensor]:
-    """Gradient of the mean KL over all answer positions, one sequence at a time, by transformers' logits."""
+def plain_gradient(student: PreTrainedModel, lesson: Lesson, divergence: Divergence) -> list[torch.Tensor]:
+    """Gradient of the mean divergence over all positions, one sequence at a time, by transformers' logits."""
     total, positions = torch.zeros(()), 0
-    for row in rows:
-        sequence = lesson.answers[row]
+    for sequence, target in zip(lesson.answers, lesson.targets, strict=True):
         ids = torch.tensor([[*sequence.prompt_ids, *sequence.answer_ids]])
         logits_AV = student(input_ids=ids).logits[0, len(sequence.prompt_ids) - 1 : -1]
-        log_p = (lesson.teacher.head(lesson.teacher.hidden[row]) / temperature).log_softmax(-1)
-        log_q = (logits_AV / temperature).log_softmax(-1)
-        total = total + (log_p.exp() * (log_p - log_q)).sum()
-        positions += len(sequence.answer_ids)
+        total = total + target.loss(divergence, logits_AV)[lesson.skip :].sum()
+        positions += len(sequence.answer_ids) - lesson.skip
     return list(torch.autograd.grad(total / positions, list(student.parameters())))
 
 
-@pytest.mark.parametrize("micro_tokens", [1, 64, 10_000])
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_micro_batches_add_up_to_the_gradient_of_one_batch(
-    micro_tokens: int,
-    temperature: float,
+PIECES = {
+    "one by one": lambda answers: batches(answers, 0, 1),
+    "padded": lambda answers: batches(answers, 0, 64),
+    "one batch": lambda answers: batches(answers, 0, 10_000),
+    "packed": lambda answers: packs(answers, 64),
+    "one pack": lambda answers: packs(answers, 10_000),
+}
+
+
+@pytest.mark.parametrize("pieces", PIECES)
+@pytest.mark.parametrize(
+    "divergence", [Divergence(), Divergence("reverse_kl", temperature=2.0), Divergence("jsd", 0.3)], ids=str
+)
+@pytest.mark.parametrize("kind", ["whole", "top", "text", "skipping"])
+def test_however_a_batch_is_cut_the_gradient_is_the_same(
+    pieces: str,
+    divergence: Divergence,
+    kind: str,
+    healthy: PreTrainedModel,
     student: Student,
     lesson: Lesson,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(distil.MICRO_TOKENS, "cpu", micro_tokens)
-    model, rows = models.load(student("finetuned")), [3, 17, 0, 22, 9]
-    expected = plain_gradient(model, lesson, rows, temperature)
-    plan = replace(PLAN, temperature=temperature)
-    distil._learn(model, [lesson], [rows], plan, pad_id=0)
+    chosen = lesson.rows([3, 17, 0, 22, 9])
+    lessons = {
+        "whole": chosen,
+        "top": taught(healthy, list(chosen.answers), top_k=8),
+        "text": texts(chosen.answers),
+        "skipping": replace(chosen, skip=1),
+    }
+    model = models.load(student("finetuned"))
+    expected = plain_gradient(model, lessons[kind], divergence)
+    learn(model, lessons[kind], divergence, PIECES[pieces](chosen.answers))
     for parameter, right in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, right, rtol=1e-3, atol=1e-6)
 
@@ -247,7 +278,7 @@ def test_micro_batches_add_up_to_the_gradient_of_one_batch(
 def test_an_absurd_learning_rate_is_an_outcome_and_not_an_exception(
     plan: Plan, student: Student, lesson: Lesson, exam: Lesson, trained: Callable[..., Trained]
 ) -> None:
-    found = trained(student("finetuned"), [lesson], replace(plan, learning_rate=10.0))
+    found = trained(student("finetuned"), [lesson], planned(plan, learning_rate=10.0))
     assert all(math.isfinite(point.loss) for point in found.report.curve)
     if found.best.exists():
         after = load_trained(student("finetuned"), found.best)
@@ -259,11 +290,12 @@ def test_an_absurd_learning_rate_is_an_outcome_and_not_an_exception(
 def test_weights_that_blow_up_at_once_leave_no_checkpoint(
     student: Student, lesson: Lesson, trained: Callable[..., Trained]
 ) -> None:
-    found = trained(student("finetuned"), [lesson], replace(FULL, learning_rate=1e30))
+    found = trained(student("finetuned"), [lesson], planned(FULL, learning_rate=1e30))
     assert found.report.diverged
     assert not found.best.exists()
     assert not [point for point in found.report.checkpoints if point.chosen]
     assert found.report.steps < FULL.steps
+    assert found.report.phases[0].stopped == "diverged"
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +304,7 @@ def skill(student: Student, tokenizer: PreTrainedTokenizerFast) -> Lesson:
     model = models.load(student("forgetful"))
     tickets = [ChatRow.model_validate(row).as_prompt() for row in ticket_rows(24, seed=11)]
     answers = LocalEngine(model, tokenizer).answer(encode(tickets, tokenizer, 512), 4, lambda _done: None)
-    return Lesson(answers, observe(model, answers, 0))
+    return taught(model, answers)
 
 
 def test_a_kept_skill_is_held_to_the_students_own_distribution(
@@ -283,14 +315,13 @@ def test_a_kept_skill_is_held_to_the_students_own_distribution(
     models_after = [load_trained(folder, found.best) for found in (without, kept)]
     assert kl(models_after[1], skill) < 0.6 * kl(models_after[0], skill)
     assert kl(models_after[1], exam) < 0.8 * kl(models.load(folder), exam)
-    assert (without.report.keep_answers, kept.report.keep_answers) == (0, len(skill.answers))
     assert kept.report.tokens > without.report.tokens
 
 
 def test_tokens_are_counted_with_their_repeats(
     student: Student, lesson: Lesson, trained: Callable[..., Trained]
 ) -> None:
-    found = trained(student("finetuned"), [lesson], replace(PLAN, steps=8))
+    found = trained(student("finetuned"), [lesson], planned(PLAN, steps=8))
     assert found.report.tokens == 2 * sum(len(answer.answer_ids) for answer in lesson.answers)
 
 
@@ -301,15 +332,7 @@ def test_whoever_watches_is_told_every_step_and_every_checkpoint(
     steps = [point.step for point in found.told if isinstance(point, TrainingPoint)]
     checkpoints = [point.step for point in found.told if isinstance(point, Checkpoint)]
     assert steps == list(range(1, 13))
-    assert checkpoints == [3, 6, 9, 12]
-
-
-@pytest.mark.parametrize(("answers", "size"), [(10, 4), (3, 8), (1, 2), (8, 8)])
-def test_every_answer_is_seen_before_any_is_seen_again(answers: int, size: int) -> None:
-    rows = [row for batch in draws(answers, 6, size, seed=0) for row in batch]
-    assert len(rows) == 6 * size
-    for start in range(0, len(rows) - answers + 1, answers):
-        assert sorted(rows[start : start + answers]) == list(range(answers))
+    assert checkpoints == sorted(validation_steps(12))
 
 
 def test_the_rate_rises_and_falls_and_never_stands_still() -> None:
@@ -325,5 +348,5 @@ def test_the_last_step_is_always_validated(steps: int) -> None:
     found = validation_steps(steps)
     assert steps in found
     assert found <= set(range(1, steps + 1))
-    assert len(found) == min(4, steps)
+    assert len(found) == min(8, steps)
     assert all(0 < rate_share(step, steps) <= 1 for step in range(steps))

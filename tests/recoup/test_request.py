@@ -1,0 +1,37 @@
+"""What a request may ask for, before it is sent."""
+
+import pytest
+from pydantic import ValidationError
+
+from recoup.schemas import CreateRecovery, EvaluationSpec
+
+FILE = "file-" + "0" * 24
+
+
+def evaluation(*tasks: dict[str, object]) -> EvaluationSpec:
+    asked = {"student": {"source": "a"}, "teacher": {"source": "b"}, "evaluation": {"tasks": [*tasks]}}
+    return CreateRecovery.model_validate(asked).evaluation
+
+
+def test_a_task_needs_a_name_and_a_file_alone():
+    (task,) = evaluation({"name": "sums", "file": FILE}).tasks
+    assert (task.match, task.max_new_tokens) == ("exact", "auto")
+    assert evaluation().tasks == []
+
+
+@pytest.mark.parametrize(
+    ("tasks", "place"),
+    [
+        ([{"name": "sums", "file": FILE}, {"name": "sums", "file": FILE, "match": "number"}], ()),
+        ([{"name": f"t{number}", "file": FILE} for number in range(9)], ()),
+        ([{"name": "My sums", "file": FILE}], (0, "name")),
+        ([{"name": "task:sums", "file": FILE}], (0, "name")),
+        ([{"name": "sums", "file": "sums.jsonl"}], (0, "file")),
+        ([{"name": "sums", "file": FILE, "match": "regex"}], (0, "match")),
+    ],
+)
+def test_tasks_that_cannot_be_told_apart_or_read_are_refused(tasks, place):
+    with pytest.raises(ValidationError) as refused:
+        evaluation(*tasks)
+    (error,) = refused.value.errors()
+    assert error["loc"] == ("evaluation", "tasks", *place)

@@ -1,0 +1,151 @@
+"""Training-free repairs in a recovery: tried on validation, and the best one measured beside the student.
+
+What costs nothing must be beaten before training may be called worth its price. Repairs see
+the teacher's answers to training prompts; validation chooses among them, test judges the best.
+"""
+
+import math
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from recoup.schemas import TriedRepair
+from recoup_ml import answers, diagnose, models, repair, results
+from recoup_ml.observation import observe
+from recoup_ml.plan import DATA, Plan
+from recoup_ml.repair import Repair
+from recoup_ml.run import Done, Journal, Run
+from recoup_ml.scores import compare
+
+FILE = "repairs.json"
+
+
+@dataclass(frozen=True)
+class Tried:
+    repair: Repair
+    validation_kl: float
+    """Mean token KL(teacher‖repaired), nats; infinity if any was not finite."""
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Trials:
+    student_kl: float
+    """Of the student as it is, on the same validation prompts."""
+    tried: list[Tried]
+    """Best first."""
+
+    @property
+    def best(self) -> Repair | None:
+        """The repair that validation chose; none if none was finite."""
+        return self.tried[0].repair if self.tried and math.isfinite(self.tried[0].validation_kl) else None
+
+    @property
+    def better(self) -> Repair | None:
+        """The best repair, if it is nearer to the teacher than the student as it is."""
+        return self.best if self.best and self.tried[0].validation_kl < self.student_kl else None
+
+
+@dataclass(frozen=True)
+class Start:
+    """The model that training starts from."""
+
+    model: PreTrainedModel
+    peft: PeftModel | None
+    """An adapter inside the model that training goes on with."""
+    name: str
+
+
+def try_all(run: Run, journal: Journal, done: Done, folder: Path) -> Trials:
+    """Leaves in `folder` how the student and every repair that is to be tried did, and returns it."""
+    plan = answers.read_plan(done)
+    validation, teacher = answers.answered(done, "validation")
+    pad_id = models.pad_id(models.load_tokenizer(run.teacher))
+
+    def validated(model: PreTrainedModel) -> float:
+        return compare(teacher, observe(model, validation, pad_id), validation).mean_kl
+
+    student_kl, tried = validated(models.load(run.student)), []
+    candidates = _candidates(run, done, plan)
+    for count, candidate in enumerate(candidates, start=1):
+        models.release()
+        began = time.monotonic()
+        model = repaired(run, done, candidate)
+        seconds = time.monotonic() - began
+        tried.append(Tried(candidate, validated(model), seconds))
+        del model
+        journal.progress(count, len(candidates), "repairs")
+    models.release()
+    trials = Trials(student_kl, sorted(tried, key=lambda item: item.validation_kl))
+    results.write(folder / FILE, trials)
+    return trials
+
+
+def read(done: Done) -> Trials | None:
+    """What was tried; nothing where nothing was needed."""
+    return results.read(done["distil"] / FILE, Trials) if "distil" in done else None
+
+
+def start(run: Run, done: Done, plan: Plan, trials: Trials) -> Start:
+    """The student, or its best repair where the plan wants that and it is nearer to the teacher.
+
+    An adapter belongs to the student as it is, so only a repair that is an adapter itself can be
+    what training one starts from.
+    """
+    chosen = trials.better if plan.start == "repair" else None
+    if chosen and chosen.name == "low_rank_patch" and plan.trainable.mode == "lora":
+        model = models.load(run.student)
+        fitting = replace(chosen, strength=plan.trainable.rank)
+        return Start(model, _as_adapter(run, done, fitting, model), fitting.label)
+    if chosen and plan.trainable.saves_model:
+        return Start(repaired(run, done, chosen), None, chosen.label)
+    return Start(models.load(run.student), None, "student")
+
+
+def shown(done: Done) -> list[TriedRepair]:
+    """What was tried, as the report shows it."""
+    trials = read(done)
+    return [
+        TriedRepair(
+            name=item.repair.name,
+            label=item.repair.label,
+            validation_kl=item.validation_kl if math.isfinite(item.validation_kl) else None,
+            seconds=item.seconds,
+        )
+        for item in (trials.tried if trials else [])
+    ]
+
+
+def repaired(run: Run, done: Done, chosen: Repair) -> PreTrainedModel:
+    """The student with a repair applied."""
+    model = models.load(run.student)
+    repair.apply(chosen, model, run.teacher, diagnose.read(done).damage, *_calibration(run, done))
+    return model
+
+
+def save(run: Run, done: Done, plan: Plan, chosen: Repair, folder: Path) -> None:
+    """Writes the repaired student to `folder`: a whole model, or an adapter where planned."""
+    if plan.output == "merged":
+        repaired(run, done, chosen).save_pretrained(folder)
+    else:
+        _as_adapter(run, done, chosen, models.load(run.student)).save_pretrained(folder)
+
+
+def _as_adapter(run: Run, done: Done, chosen: Repair, model: PreTrainedModel) -> PeftModel:
+    damage = diagnose.read(done).damage
+    return repair.as_adapter(chosen, model, run.teacher, damage, *_calibration(run, done))
+
+
+def _candidates(run: Run, done: Done, plan: Plan) -> list[Repair]:
+    found = repair.candidates(diagnose.read(done).damage)
+    if plan.method not in DATA:
+        return [candidate for candidate in found if candidate.name == plan.method]
+    return found if run.request.evaluation.baselines or plan.start == "repair" else []
+
+
+def _calibration(run: Run, done: Done) -> tuple[list[answers.Answered], int]:
+    given, _ = answers.answered(done, "train")
+    return given[: answers.CALIBRATION], models.pad_id(models.load_tokenizer(run.teacher))

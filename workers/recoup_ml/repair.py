@@ -1,0 +1,104 @@
+"""Training-free repairs: what can be won back from the weights and a few teacher's answers alone.
+
+They are methods of their own, the baselines that training must beat, and what training may start
+from. Which of them apply is a matter of the damage; how each works is in `update.py` (fine-tuning),
+`low_rank.py` (quantization) and `reconstruct.py` (pruning).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from recoup.schemas import DamageReport
+from recoup_ml import low_rank, models, reconstruct, update
+from recoup_ml.sequences import Answered
+from recoup_ml.stream import calibration
+from recoup_ml.twins import Twins
+
+Name = Literal["interpolate", "spectral", "restore_layers", "low_rank_patch", "reconstruct"]
+
+
+@dataclass(frozen=True)
+class Repair:
+    name: Name
+    strength: float
+    """`interpolate`: the student's share α; `spectral`: a multiple of the threshold; `restore_layers`: the
+    share of blocks; `low_rank_patch`: the rank; `reconstruct`: the ridge."""
+
+    @property
+    def label(self) -> str:
+        words = {
+            "interpolate": f"interpolation, α = {self.strength:g}",
+            "spectral": f"spectral threshold × {self.strength:g}",
+            "restore_layers": f"{self.strength:.0%} of the layers restored",
+            "low_rank_patch": f"low-rank patch, rank {self.strength:g}",
+            "reconstruct": "block-wise reconstruction",
+        }
+        return words[self.name]
+
+
+def candidates(damage: DamageReport) -> list[Repair]:
+    """What is worth trying for this damage."""
+    match damage.kind:
+        case "quantization":
+            return [Repair("low_rank_patch", 16)]
+        case "pruning":
+            return [Repair("reconstruct", 0.3)]
+        case _:
+            return [
+                *(Repair("interpolate", share) for share in (0.25, 0.5, 0.75)),
+                Repair("spectral", 1.0),
+                *(Repair("restore_layers", share) for share in (0.1, 0.3)),
+            ]
+
+
+def apply(
+    repair: Repair,
+    student: PreTrainedModel,
+    teacher: Path,
+    damage: DamageReport,
+    texts: Sequence[Answered],
+    pad_id: int,
+) -> None:
+    """Repairs the loaded student in place; `texts` are teacher's answers that no test knows.
+
+    Raises:
+        UnsupportedModel: the model's matrices cannot be changed so.
+    """
+    twins = Twins(teacher, damage.layer_map)
+    match repair.name:
+        case "interpolate":
+            update.interpolate(student, twins, repair.strength)
+        case "spectral":
+            update.keep_signal(student, twins, repair.strength)
+        case "restore_layers":
+            update.restore_blocks(student, twins, damage.distance_by_layer, repair.strength)
+        case "low_rank_patch":
+            patches = low_rank.low_rank_patches(
+                student, twins, calibration(texts, pad_id), int(repair.strength)
+            )
+            if models.is_quantized(student):
+                low_rank.as_adapter(student, patches)
+            else:
+                low_rank.add(student, patches)
+        case "reconstruct":
+            reconstruct.reconstruct(student, twins, calibration(texts, pad_id), repair.strength)
+
+
+def as_adapter(
+    repair: Repair,
+    student: PreTrainedModel,
+    teacher: Path,
+    damage: DamageReport,
+    texts: Sequence[Answered],
+    pad_id: int,
+) -> PeftModel:
+    """A low-rank patch as an adapter inside the student, whose own weights stay as they are."""
+    assert repair.name == "low_rank_patch", "only a patch is an adapter"
+    twins = Twins(teacher, damage.layer_map)
+    patches = low_rank.low_rank_patches(student, twins, calibration(texts, pad_id), int(repair.strength))
+    return low_rank.as_adapter(student, patches)

@@ -1,0 +1,126 @@
+"""What the student is to match at each position: a whole distribution, the top of one, or one token.
+
+A target holds what the teacher left (hidden states, log-probabilities, tokens) and knows how far
+logits are from it. It says nothing of which positions count, or how much.
+
+Axes: N positions, V vocabulary, D width of a hidden state, K tokens kept of the vocabulary.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from recoup_ml.divergence import Divergence, tempered
+from recoup_ml.models import Head
+
+
+class Target(Protocol):
+    """What N positions should have said."""
+
+    def split(self, size: int) -> Sequence["Target"]:
+        """The same, `size` positions at a time."""
+        ...
+
+    def loss(self, divergence: Divergence, student_NV: Tensor) -> Tensor:
+        """How far logits [N, V] are from it; [N], nats, differentiable in the logits."""
+        ...
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """The teacher's whole distribution: its last hidden states and its head, an exact cache of its logits."""
+
+    hidden_ND: Tensor
+    head: Head
+
+    @torch.no_grad()
+    def logits(self) -> Tensor:
+        """[N, V], made anew."""
+        return self.head(self.hidden_ND)
+
+    def split(self, size: int) -> list["Hidden"]:
+        return [Hidden(part_ND, self.head) for part_ND in self.hidden_ND.split(size)]
+
+    def loss(self, divergence: Divergence, student_NV: Tensor) -> Tensor:
+        return divergence(self.logits(), student_NV)
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The teacher's K likeliest tokens.
+
+    With a tail, K + 1 outcomes are compared, one of them being all the other tokens: a lower bound
+    of the whole divergence (data processing), equal to it at K = V. Without a tail both sides are
+    renormalised over the K, and the student's mass elsewhere goes unseen, which reverse KL forgives
+    least. Truncation that does neither is no divergence: it falls below zero.
+    """
+
+    ids_NK: Tensor
+    """Distinct at each position."""
+    log_p_NK: Tensor
+    """The teacher's log-probabilities, nats, at the temperature of the divergence they will meet."""
+    tail: bool = True
+
+    @staticmethod
+    def of(teacher_NV: Tensor, k: int, temperature: float = 1.0, tail: bool = True) -> "TopK":
+        """From logits; all of the vocabulary if it has fewer than `k` tokens."""
+        log_p_NV = tempered(teacher_NV, temperature).log_softmax(-1)
+        log_p_NK, ids_NK = log_p_NV.topk(min(k, log_p_NV.shape[-1]))
+        return TopK(ids_NK, log_p_NK, tail)
+
+    def split(self, size: int) -> list["TopK"]:
+        parts = zip(self.ids_NK.split(size), self.log_p_NK.split(size), strict=True)
+        return [TopK(ids_NK, log_p_NK, self.tail) for ids_NK, log_p_NK in parts]
+
+    def loss(self, divergence: Divergence, student_NV: Tensor) -> Tensor:
+        student_NV = tempered(student_NV, divergence.temperature)
+        student = student_NV.gather(-1, self.ids_NK)
+        teacher = self.log_p_NK.to(student)
+        if self.tail and self.ids_NK.shape[-1] < student_NV.shape[-1]:
+            rest_NV = student_NV.scatter(-1, self.ids_NK, -math.inf)
+            student = torch.cat([student, rest_NV.logsumexp(-1, keepdim=True)], -1)
+            teacher = torch.cat([teacher, _log_rest(teacher)], -1)
+        return replace(divergence, temperature=1.0)(teacher, student)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One token: cross-entropy, that is forward KL from a one-hot distribution.
+
+    Whatever the divergence: its name and temperature mean nothing here.
+    """
+
+    ids_N: Tensor
+
+    def split(self, size: int) -> list["Tokens"]:
+        return [Tokens(part_N) for part_N in self.ids_N.split(size)]
+
+    def loss(self, divergence: Divergence, student_NV: Tensor) -> Tensor:  # noqa: ARG002
+        return torch.nn.functional.cross_entropy(student_NV, self.ids_N, reduction="none")
+
+
+def join(targets: Sequence[Target], like: Tensor) -> Target:
+    """One target of several of a kind, position after position, on `like`'s device.
+
+    Hidden states and their head also take its dtype.
+    """
+    match targets[0]:
+        case Hidden(head=head):
+            return Hidden(torch.cat([target.hidden_ND for target in targets]).to(like), head.like(like))
+        case TopK(tail=tail):
+            ids_NK = torch.cat([target.ids_NK for target in targets])
+            log_p_NK = torch.cat([target.log_p_NK for target in targets])
+            return TopK(ids_NK.to(like.device), log_p_NK.to(like.device), tail)
+        case Tokens():
+            return Tokens(torch.cat([target.ids_N for target in targets]).to(like.device))
+    raise TypeError(f"{type(targets[0]).__name__} is not a kind of target that can be joined.")
+
+
+def _log_rest(log_p_NK: Tensor) -> Tensor:
+    """log(1 - Σ p) [N, 1]; what is left is held to be at least the rounding of 1."""
+    rest_N1 = 1 - log_p_NK.double().exp().sum(-1, keepdim=True)
+    return rest_N1.clamp_min(torch.finfo(log_p_NK.dtype).eps).log().to(log_p_NK)

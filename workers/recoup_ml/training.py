@@ -1,0 +1,208 @@
+"""The training loop: a lesson a step, phase after phase, checkpoints chosen on validation.
+
+What is learnt comes from a course (`lessons.py`), what trains is the trainee's business
+(`trainable.py`), when to stop is `stopping.py`'s. This file owns the order of things.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+from transformers import PreTrainedModel
+
+from recoup.schemas import Checkpoint, PhaseReport, RewriteCounts, Stopped, TrainingPoint, TrainingReport
+from recoup_ml.divergence import Divergence
+from recoup_ml.fused import hidden_divergence
+from recoup_ml.lessons import Course, Lesson
+from recoup_ml.models import can_pack, head, last_hidden
+from recoup_ml.plan import Phase, Plan
+from recoup_ml.sequences import Answered, Batch, batches, packs
+from recoup_ml.stopping import PATIENCE, reason_to_stop
+from recoup_ml.targets import join
+from recoup_ml.trainable import Trainee
+
+WARMUP_SHARE, FINAL_SHARE = 0.1, 0.1
+MAX_GRADIENT_NORM = 1.0
+VALIDATIONS = 8
+MICRO_TOKENS = {"cpu": 512, "cuda": 16_384}
+"""Tokens that go through the student at once; what a batch holds more comes one after another."""
+
+
+@dataclass(frozen=True)
+class Watchers:
+    """Who looks on while a student trains."""
+
+    validate: Callable[[PreTrainedModel], float]
+    """Mean token KL of the model on validation prompts, nats."""
+    floor: float
+    """Of the teacher to itself after rounding, nats."""
+    tell: Callable[[TrainingPoint | Checkpoint], None]
+
+
+@dataclass
+class Training:
+    """A student that is being trained: the optimizer, and all that was seen on the way.
+
+    `best` holds the checkpoint with the lowest validation KL; it stays absent if training diverged
+    before any was finite.
+    """
+
+    trainee: Trainee
+    plan: Plan
+    pad_id: int
+    watchers: Watchers
+    before: float
+    """Validation KL of the student before anything was done to it, nats."""
+    stops_early: bool
+    best: Path
+    _keep: Course | None = None
+    _curve: list[TrainingPoint] = field(default_factory=list)
+    _checkpoints: list[Checkpoint] = field(default_factory=list)
+    _phases: list[PhaseReport] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._optimizer = torch.optim.AdamW(
+            self.trainee.parameters, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+        )
+        self.trainee.model.eval()
+        self._packs = can_pack(self.trainee.model)
+
+    def keep(self, course: Course) -> None:
+        """Adds a lesson of this course to every step; its mean divergence counts as much as the other's."""
+        self._keep = course
+
+    def run(self, phase: Phase, course: Course) -> None:
+        """Takes the steps of a phase, fewer if validation says so."""
+        began, before, tokens, stopped = time.monotonic(), len(self._curve), 0, "steps"
+        when = validation_steps(phase.steps)
+        for step in range(1, phase.steps + 1):
+            lessons = [course.next(), *([self._keep.next()] if self._keep else [])]
+            loss = self._step(lessons, phase.learning_rate * rate_share(step - 1, phase.steps))
+            if not math.isfinite(loss):
+                stopped = "diverged"
+                break
+            tokens += sum(lesson.positions for lesson in lessons)
+            if step in when and (reason := self._validate(phase)):
+                stopped = reason
+                break
+        self._phases.append(
+            PhaseReport(
+                data=phase.data,
+                objective="cross_entropy"
+                if phase.data in {"rewrites", "references"}
+                else str(self.plan.divergence),
+                learning_rate=phase.learning_rate,
+                planned_steps=phase.steps,
+                steps=len(self._curve) - before,
+                tokens=tokens,
+                seconds=time.monotonic() - began,
+                stopped=stopped,
+            )
+        )
+
+    def report(self, started_from: str, keep_answers: int, rewrites: RewriteCounts | None) -> TrainingReport:
+        return TrainingReport(
+            method=self.plan.method,
+            mode=self.trainee.kind,
+            started_from=started_from,
+            steps=len(self._curve),
+            batch_size=self.plan.batch_size,
+            phases=self._phases,
+            trainable_parameters=sum(parameter.numel() for parameter in self.trainee.parameters),
+            keep_answers=keep_answers,
+            tokens=sum(phase.tokens for phase in self._phases),
+            masked_weights=self.trainee.masked_weights,
+            initial_validation_kl=self.before,
+            diverged=any(phase.stopped == "diverged" for phase in self._phases) or not self.best.exists(),
+            rewrites=rewrites,
+            curve=self._curve,
+            checkpoints=self._checkpoints,
+        )
+
+    def _step(self, lessons: Sequence[Lesson], rate: float) -> float:
+        """One optimizer step on all lessons; returns the mean divergence of the first, nats a position."""
+        self.trainee.model.train()
+        losses = [self._learn(lesson) for lesson in lessons]
+        if not all(map(math.isfinite, losses)):
+            return math.nan
+        self.trainee.mask_gradients()
+        nn.utils.clip_grad_norm_(self.trainee.parameters, MAX_GRADIENT_NORM)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.trainee.restore_zeros()
+        self._curve.append(TrainingPoint(step=len(self._curve) + 1, loss=losses[0], learning_rate=rate))
+        self.watchers.tell(self._curve[-1])
+        return losses[0]
+
+    def _learn(self, lesson: Lesson) -> float:
+        tokens = MICRO_TOKENS[self.trainee.model.device.type]
+        pieces = (
+            packs(lesson.answers, tokens) if self._packs else batches(lesson.answers, self.pad_id, tokens)
+        )
+        return learn(self.trainee.model, lesson, self.plan.divergence, pieces)
+
+    def _validate(self, phase: Phase) -> Stopped | None:
+        """Adds a checkpoint, saved and marked as chosen if it is the best so far; says whether to stop."""
+        self.trainee.model.eval()
+        with parametrize.cached():
+            kl = self.watchers.validate(self.trainee.model)
+        finite = [point.validation_kl for point in self._checkpoints if point.validation_kl is not None]
+        chosen = math.isfinite(kl) and kl < min(finite, default=math.inf)
+        if chosen:
+            self.trainee.save(self.best)
+        step = len(self._curve)
+        now = Checkpoint(step=step, validation_kl=kl if math.isfinite(kl) else None, chosen=chosen)
+        earlier = [
+            point.model_copy(update={"chosen": point.chosen and not chosen}) for point in self._checkpoints
+        ]
+        self._checkpoints = [*earlier, now]
+        self.watchers.tell(now)
+        if not self.stops_early:
+            return None
+        patience = 1 if phase.probation else PATIENCE
+        return reason_to_stop(self.before, self.watchers.floor, [*finite, kl], patience)
+
+
+def learn(student: PreTrainedModel, lesson: Lesson, divergence: Divergence, pieces: Iterable[Batch]) -> float:
+    """Adds the gradient of the lesson's mean divergence over its positions; returns it, nats.
+
+    The lesson's answers go through the student in `pieces`, one after another.
+    """
+    total = 0.0
+    for piece in pieces:
+        there = piece.to(student.device)
+        student_ND = last_hidden(student, there.ids_BT, there.mask_BT, there.places_BT)[there.answer_BT]
+        target = join([lesson.targets[row] for row in piece.rows], student_ND)
+        counted = [lesson.answers[row] for row in piece.rows]
+        weights_N = torch.cat([_counts(answer, lesson.skip) for answer in counted]) / lesson.positions
+        loss = hidden_divergence(
+            student_ND, head(student), target, divergence, weights_N.to(student_ND.device)
+        )
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def _counts(answer: Answered, skip: int) -> torch.Tensor:
+    """1 for each position of an answer that counts, 0 for those that are skipped."""
+    return (torch.arange(len(answer.answer_ids)) >= skip).float()
+
+
+def rate_share(step: int, steps: int) -> float:
+    """Linear warm-up over a tenth of the steps, then a cosine down to a tenth of the rate."""
+    warmup = max(1, round(WARMUP_SHARE * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return FINAL_SHARE + (1 - FINAL_SHARE) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def validation_steps(steps: int) -> set[int]:
+    return {round(steps * part / VALIDATIONS) for part in range(1, VALIDATIONS + 1)} - {0}
