@@ -78,9 +78,14 @@ def taught(done: Done, plan: Plan) -> Lesson:
     return distributions(*answered(done, "train"), plan.top_k, plan.divergence.temperature)
 
 
+def has_keep(done: Done) -> bool:
+    """Whether there is a skill to keep."""
+    return (done["generate"] / "keep.jsonl").exists()
+
+
 def kept(done: Done, plan: Plan) -> Lesson | None:
     """The lesson on the damaged student's own distributions on `keep`, if there is a skill to keep."""
-    if not (done["generate"] / "keep.jsonl").exists():
+    if not has_keep(done):
         return None
     return distributions(*answered(done, "keep"), plan.top_k, plan.divergence.temperature)
 

@@ -2,6 +2,8 @@
 
 What costs nothing must be beaten before training may be called worth its price. Repairs see
 the teacher's answers to training prompts; validation chooses among them, test judges the best.
+A repair that wears a new skill away is no rival, so where there is one to keep, its distance from
+the student on `keep` counts as much as the distance from the teacher, as it does in training.
 """
 
 import math
@@ -28,7 +30,14 @@ class Tried:
     repair: Repair
     validation_kl: float
     """Mean token KL(teacher‖repaired), nats; infinity if any was not finite."""
+    keep_kl: float
+    """Mean token KL(student‖repaired) on prompts of `keep`, nats; 0 where there are none."""
     seconds: float
+
+    @property
+    def cost(self) -> float:
+        """What is chosen by: what training makes small, ability and new skill counting alike."""
+        return self.validation_kl + self.keep_kl
 
 
 @dataclass(frozen=True)
@@ -41,12 +50,12 @@ class Trials:
     @property
     def best(self) -> Repair | None:
         """The repair that validation chose; none if none was finite."""
-        return self.tried[0].repair if self.tried and math.isfinite(self.tried[0].validation_kl) else None
+        return self.tried[0].repair if self.tried and math.isfinite(self.tried[0].cost) else None
 
     @property
     def better(self) -> Repair | None:
         """The best repair, if it is nearer to the teacher than the student as it is."""
-        return self.best if self.best and self.tried[0].validation_kl < self.student_kl else None
+        return self.best if self.best and self.tried[0].cost < self.student_kl else None
 
 
 @dataclass(frozen=True)
@@ -62,24 +71,25 @@ class Start:
 def try_all(run: Run, journal: Journal, done: Done, folder: Path) -> Trials:
     """Leaves in `folder` how the student and every repair that is to be tried did, and returns it."""
     plan = answers.read_plan(done)
-    validation, teacher = answers.answered(done, "validation")
     pad_id = models.pad_id(models.load_tokenizer(run.teacher))
 
-    def validated(model: PreTrainedModel) -> float:
-        return compare(teacher, observe(model, validation, pad_id), validation).mean_kl
+    def distance(part: answers.Part, model: PreTrainedModel) -> float:
+        given, giver = answers.answered(done, part)
+        return compare(giver, observe(model, given, pad_id), given).mean_kl
 
-    student_kl, tried = validated(models.load(run.student)), []
+    student_kl, tried = distance("validation", models.load(run.student)), []
     candidates = _candidates(run, done, plan)
     for count, candidate in enumerate(candidates, start=1):
         models.release()
         began = time.monotonic()
         model = repaired(run, done, candidate)
         seconds = time.monotonic() - began
-        tried.append(Tried(candidate, validated(model), seconds))
+        keep_kl = distance("keep", model) if answers.has_keep(done) else 0.0
+        tried.append(Tried(candidate, distance("validation", model), keep_kl, seconds))
         del model
         journal.progress(count, len(candidates), "repairs")
     models.release()
-    trials = Trials(student_kl, sorted(tried, key=lambda item: item.validation_kl))
+    trials = Trials(student_kl, sorted(tried, key=lambda item: item.cost))
     results.write(folder / FILE, trials)
     return trials
 
@@ -112,11 +122,16 @@ def shown(done: Done) -> list[TriedRepair]:
         TriedRepair(
             name=item.repair.name,
             label=item.repair.label,
-            validation_kl=item.validation_kl if math.isfinite(item.validation_kl) else None,
+            validation_kl=_finite(item.validation_kl),
+            keep_kl=_finite(item.keep_kl) if answers.has_keep(done) else None,
             seconds=item.seconds,
         )
         for item in (trials.tried if trials else [])
     ]
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def repaired(run: Run, done: Done, chosen: Repair) -> PreTrainedModel:

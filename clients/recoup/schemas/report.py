@@ -168,6 +168,8 @@ class TriedRepair(Output):
     """With its setting."""
     validation_kl: float | None
     """Mean token KL(teacher‖repaired), nats; null if not finite."""
+    keep_kl: float | None
+    """Mean token KL(student‖repaired) on prompts of `keep`, nats; it counts as much in the choice."""
     seconds: float
 
 
