@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from recoup.schemas import TriedRepair
 from recoup_ml import answers, diagnose, models, repair, results
+from recoup_ml.errors import IncompatibleModels, UnsupportedModel
 from recoup_ml.observation import observe
 from recoup_ml.plan import DATA, Plan
 from recoup_ml.repair import Repair
@@ -33,6 +34,8 @@ class Tried:
     keep_kl: float
     """Mean token KL(student‖repaired) on prompts of `keep`, nats; 0 where there are none."""
     seconds: float
+    problem: str | None = None
+    """Why it could not be done."""
 
     @property
     def cost(self) -> float:
@@ -82,7 +85,13 @@ def try_all(run: Run, journal: Journal, done: Done, folder: Path) -> Trials:
     for count, candidate in enumerate(candidates, start=1):
         models.release()
         began = time.monotonic()
-        model = repaired(run, done, candidate)
+        try:
+            model = repaired(run, done, candidate)
+        except (IncompatibleModels, UnsupportedModel) as error:
+            if plan.method not in DATA:
+                raise
+            tried.append(Tried(candidate, math.inf, math.inf, time.monotonic() - began, str(error)))
+            continue
         seconds = time.monotonic() - began
         keep_kl = distance("keep", model) if answers.has_keep(done) else 0.0
         tried.append(Tried(candidate, distance("validation", model), keep_kl, seconds))
@@ -125,6 +134,7 @@ def shown(done: Done) -> list[TriedRepair]:
             validation_kl=_finite(item.validation_kl),
             keep_kl=_finite(item.keep_kl) if answers.has_keep(done) else None,
             seconds=item.seconds,
+            problem=item.problem,
         )
         for item in (trials.tried if trials else [])
     ]

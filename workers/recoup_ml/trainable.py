@@ -17,6 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from recoup_ml.errors import UnsupportedRequest
 from recoup_ml.hidden import decoder_blocks
@@ -170,6 +171,7 @@ def _config(student: PreTrainedModel, plan: Trainable, distance_by_layer: Sequen
         bias="none",
         task_type="CAUSAL_LM",
         use_dora=plan.mode == "dora",
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in student.modules()),
     )
     if plan.by_damage:
         places = {module: name for name, module in student.named_modules()}

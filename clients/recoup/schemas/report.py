@@ -171,6 +171,8 @@ class TriedRepair(Output):
     keep_kl: float | None
     """Mean token KL(student‖repaired) on prompts of `keep`, nats; it counts as much in the choice."""
     seconds: float
+    problem: str | None
+    """Why it could not be done."""
 
 
 class Baseline(Output):
