@@ -10,7 +10,7 @@ recorded when the stream is made.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,54 +25,49 @@ from recoup_ml.sequences import Answered, Batch, batches
 CALIBRATION_TOKENS, BATCH_TOKENS = 16_384, 2_048
 
 
+class Flow(NamedTuple):
+    """What one layer was given and what it made of it, at every token of a batch, float32."""
+
+    inputs_NI: Tensor
+    outputs_NO: Tensor
+
+
 class Stream:
     """The residual stream of some batches before the first block; `advance` takes it past the next."""
 
     def __init__(self, model: PreTrainedModel, texts: Sequence[Batch]) -> None:
         self._blocks = decoder_blocks(model)
         self._arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = [[] for _ in self._blocks]
-        self._masks_BT = [batch.mask_BT.bool().to(model.device) for batch in texts]
-        self._hidden_BTD: list[Tensor] = []
+        self.masks_BT = [batch.mask_BT.bool().to(model.device) for batch in texts]
+        """Of each batch: true on tokens."""
+        self.hidden_BTD: list[Tensor] = []
+        """Of each batch: the stream at the door of the block that comes next."""
         self._record(model, texts)
 
     @torch.no_grad()
     def after(self, block: int) -> Iterator[Tensor]:
         """What `block`, as it is now, makes of the stream: [B, T, D] for each batch."""
-        for hidden_BTD, (args, kwargs) in zip(self._hidden_BTD, self._arguments[block], strict=True):
+        for hidden_BTD, (args, kwargs) in zip(self.hidden_BTD, self._arguments[block], strict=True):
             output = self._blocks[block](hidden_BTD, *args, **kwargs)
             yield output[0] if isinstance(output, tuple) else output
 
     def advance(self, block: int) -> None:
-        self._hidden_BTD = list(self.after(block))
+        self.hidden_BTD = list(self.after(block))
 
-    def watch(self, block: int, layers: Mapping[str, nn.Linear]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        """Runs `block`; for each batch: the stream behind it [N, D], and the inputs [N, I] of `layers`.
+    def watch(self, block: int, layers: Mapping[str, nn.Linear]) -> Iterator[dict[str, Flow]]:
+        """Runs `block` and tells, for each batch, what flows through its `layers`.
 
-        At the tokens alone, float32. A layer that is given them in another order (an expert) is left out.
+        A layer that is given tokens in another order than the stream's (an expert) is left out.
         """
-        given_BTI: dict[str, Tensor] = {}
+        seen: dict[str, tuple[Tensor, Tensor]] = {}
 
-        def keep(name: str, _layer: nn.Linear, args: tuple[Tensor, ...]) -> None:
+        def keep(name: str, _layer: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
             if args[0].dim() == 3:
-                given_BTI[name] = args[0]
+                seen[name] = args[0], output
 
-        with hooks(layer.register_forward_pre_hook(partial(keep, name)) for name, layer in layers.items()):
-            for mask_BT, after_BTD in zip(self._masks_BT, self.after(block), strict=True):
-                inputs = {name: inputs_BTI[mask_BT].float() for name, inputs_BTI in given_BTI.items()}
-                yield after_BTD[mask_BT].float(), inputs
-
-    def at_tokens(self) -> Iterator[Tensor]:
-        """The stream before the next block: [N, D] float32 for each batch."""
-        for mask_BT, hidden_BTD in zip(self._masks_BT, self._hidden_BTD, strict=True):
-            yield hidden_BTD[mask_BT].float()
-
-    def second_moments(self, block: int, layers: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
-        """Σ x xᵀ over all tokens for the inputs x of each of `layers`: [I, I] float32."""
-        moments: dict[str, Tensor] = {}
-        for _, inputs in self.watch(block, layers):
-            for name, inputs_NI in inputs.items():
-                moments[name] = moments.get(name, 0) + inputs_NI.T @ inputs_NI
-        return moments
+        with hooks(layer.register_forward_hook(partial(keep, name)) for name, layer in layers.items()):
+            for mask_BT, _ in zip(self.masks_BT, self.after(block), strict=True):
+                yield {name: Flow(*(part[mask_BT].float() for part in parts)) for name, parts in seen.items()}
 
     @torch.no_grad()
     def _record(self, model: PreTrainedModel, texts: Sequence[Batch]) -> None:
@@ -80,7 +75,7 @@ class Stream:
             others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
             self._arguments[index].append((args[1:], others))
             if index == 0:
-                self._hidden_BTD.append(args[0] if args else kwargs["hidden_states"])
+                self.hidden_BTD.append(args[0] if args else kwargs["hidden_states"])
 
         with hooks(
             block.register_forward_pre_hook(partial(at_the_door, index), with_kwargs=True)
