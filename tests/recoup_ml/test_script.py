@@ -233,7 +233,7 @@ CASES: dict[str, tuple[str, list[Prompt], dict[str, object]]] = {
         [],
         {"training": SHORT | {"mode": "lora", "start": "repair"}, "method": {"divergence": "reverse_kl"}},
     ),
-    "after a repair": ("wanda", SKILL, {"training": SHORT | {"mode": "full", "start": "repair"}}),
+    "after a repair": ("wanda", [], {"training": SHORT | {"mode": "full", "start": "repair"}}),
 }
 
 
