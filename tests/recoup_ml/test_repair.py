@@ -57,9 +57,8 @@ def kl(model: PreTrainedModel, healthy: PreTrainedModel, answers: list[Answered]
         ("pruning", {"reconstruct"}),
     ],
 )
-def test_every_damage_has_its_repairs(kind: str, names: set[str], student: Student, teacher: Path) -> None:
-    found = damage.inspect(student("finetuned"), teacher).model_copy(update={"kind": kind})
-    tried = repair.candidates(found)
+def test_every_damage_has_its_repairs(kind: str, names: set[str]) -> None:
+    tried = repair.candidates(kind)
     assert {item.name for item in tried} == names
     assert len({item.label for item in tried}) == len(tried)
 

@@ -81,7 +81,7 @@ def try_all(run: Run, journal: Journal, done: Done, folder: Path) -> Trials:
         return compare(giver, observe(model, given, pad_id), given).mean_kl
 
     student_kl, tried = distance("validation", models.load(run.student)), []
-    candidates = _candidates(run, done, plan)
+    candidates = _candidates(run, plan)
     for count, candidate in enumerate(candidates, start=1):
         models.release()
         began = time.monotonic()
@@ -164,8 +164,8 @@ def _as_adapter(run: Run, done: Done, chosen: Repair, model: PreTrainedModel) ->
     return repair.as_adapter(chosen, model, run.teacher, damage, *_calibration(run, done))
 
 
-def _candidates(run: Run, done: Done, plan: Plan) -> list[Repair]:
-    found = repair.candidates(diagnose.read(done).damage)
+def _candidates(run: Run, plan: Plan) -> list[Repair]:
+    found = repair.candidates(plan.damage)
     if plan.method not in DATA:
         return [candidate for candidate in found if candidate.name == plan.method]
     return found if run.request.evaluation.baselines or plan.start == "repair" else []

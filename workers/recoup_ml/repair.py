@@ -41,9 +41,9 @@ class Repair:
         return words[self.name]
 
 
-def candidates(damage: DamageReport) -> list[Repair]:
-    """What is worth trying for this damage."""
-    match damage.kind:
+def candidates(kind: str) -> list[Repair]:
+    """What is worth trying for this kind of damage."""
+    match kind:
         case "quantization":
             return [Repair("low_rank_patch", 16)]
         case "pruning":
