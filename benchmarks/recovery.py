@@ -32,8 +32,10 @@ MEMBER = "data/alpaca_en_demo.json"
 SEEDS = {"screen": (0,), "final": (0, 1, 2)}
 TICKETS, TICKET_SEED = 192, 7
 LEAST_OF_A_KIND = 12
+NO_FILE = "file-" + 24 * "0"
+"""The rows of the task are at hand; a request must name a file."""
 POSITIONS = 1024
-"""For alignment: its cost grows with their square."""
+"""For alignment."""
 
 TRAINED: dict[str, dict[str, Any]] = {
     "forward_kl": {"type": "off_policy"},
@@ -70,18 +72,20 @@ def damages() -> dict[str, Damage]:
 
 
 def cells(stage: str) -> Iterator[tuple[str, str, int]]:
+    """Method after method, so that a grid that is not through yet says something of every damage."""
+    repairs = dict.fromkeys(repair for damage in damages().values() for repair in damage.repairs)
     for seed in SEEDS[stage]:
-        for name, damage in damages().items():
-            methods = (*TRAINED, *damage.repairs) if stage == "screen" else ("auto", "sft")
-            for method in methods:
-                yield name, method, seed
+        for method in (*TRAINED, *repairs) if stage == "screen" else ("auto", "sft"):
+            for name, damage in damages().items():
+                if method not in repairs or method in damage.repairs:
+                    yield name, method, seed
 
 
 def request(stage: str, damage: Damage, method: str, seed: int) -> dict[str, Any]:
     """The body of the recovery; all cells of a stage and damage share everything but the method."""
-    training: dict[str, Any] = {"max_length": 160}
+    training: dict[str, Any] = {"max_length": 128}
     if stage == "screen":
-        training |= {"steps": 32, "stop_early": False}
+        training |= {"steps": 16, "stop_early": False, "start": "student"}
     chosen = TRAINED.get(method, {"type": method})
     return {
         "student": {"source": "student"},
@@ -89,11 +93,12 @@ def request(stage: str, damage: Damage, method: str, seed: int) -> dict[str, Any
         "damage": damage.kind,
         "method": chosen,
         "training": training,
-        "generation": {"max_new_tokens": 48},
+        "generation": {"max_new_tokens": 40},
         "evaluation": {
-            "test_sequences": 96,
-            "validation_sequences": 48,
+            "test_sequences": 96 if stage == "final" else 64,
+            "validation_sequences": 32 if stage == "final" else 24,
             "baselines": stage == "final" and method == "auto",
+            "tasks": [{"name": "capitals", "file": NO_FILE, "match": "contains", "max_new_tokens": 16}],
         },
         "alignment": {"positions": POSITIONS},
         "seed": seed,
@@ -118,15 +123,16 @@ def run_cell(stage: str, name: str, method: str, seed: int, home: Path) -> dict[
         aside = home / f".{name}"
         damage.make(teacher, aside)
         aside.rename(student)
+    body = CreateRecovery.model_validate(request(stage, damage, method, seed))
     keep = [ChatRow.model_validate(row).as_prompt() for row in ticket_rows(TICKETS, TICKET_SEED)]
     run = Run(
         job_id=f"{stage}-{name}-{method}-{seed}",
         student=student,
         teacher=teacher,
-        request=CreateRecovery.model_validate(request(stage, damage, method, seed)),
+        request=body,
         prompts=prompts(home),
         keep=keep if damage.kind == "finetuning" else [],
-        tasks=[],
+        tasks=[capitals(body.evaluation.tasks[0])],
         natural_text=[],
         vllm_url=None,
     )
@@ -177,7 +183,7 @@ def row(
     """What the table and the correlations need of a report."""
     measures = {item["name"]: item for item in report["measures"]}
     training, alignment = report["training"], report["alignment"]
-    kept = measures.get("keep")
+    kept, used = measures.get("keep"), resource.getrusage(resource.RUSAGE_SELF)
     return {
         "stage": stage,
         "damage": name,
@@ -200,7 +206,9 @@ def row(
         "baseline": report["baseline"],
         "minutes": seconds / 60,
         "train_minutes": sum(phase["seconds"] for phase in training["phases"]) / 60 if training else 0.0,
-        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "cpu_minutes": (used.ru_utime + used.ru_stime) / 60,
+        "peak_gib": used.ru_maxrss / 2**20,
+        "gflops": gflops(),
         "versions": report["provenance"]["versions"],
         "machine": platform.machine(),
         "date": time.strftime("%Y-%m-%d"),
@@ -214,6 +222,34 @@ def _both(alignment: dict[str, Any], value: Callable[[Any], float]) -> list[floa
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
+
+
+def gflops() -> float:
+    """What the machine's matrix products reach just now, float32: minutes mean little without it."""
+    import torch
+
+    a_NN, began, products = torch.randn(1024, 1024), time.monotonic(), 32
+    for _ in range(products):
+        a_NN @ a_NN
+    return products * 2 * 1024**3 / (time.monotonic() - began) / 1e9
+
+
+def capitals(spec: Any) -> Any:
+    """A task that the teacher mostly knows, by exact answers."""
+    from capitals import CAPITALS
+
+    from recoup.schemas import Message, Prompt
+    from recoup_ml.run import Task
+
+    return Task(
+        spec,
+        [
+            Prompt(
+                messages=[Message(role="user", content=f"What is the capital of {land}?")], completion=city
+            )
+            for land, city in CAPITALS.items()
+        ],
+    )
 
 
 def prompts(home: Path) -> list[Any]:

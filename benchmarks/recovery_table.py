@@ -22,7 +22,17 @@ def tables(rows: Sequence[Row]) -> str:
 
 def _table(rows: Sequence[Row]) -> str:
     names = (
-        *("method", "seeds", "recovered [95 %]", "KL", "agreement", "ppl answers", "bits/char", "new skill"),
+        *(
+            "method",
+            "seeds",
+            "recovered [95 %]",
+            "KL",
+            "agreement",
+            "ppl answers",
+            "bits/char",
+            "capitals",
+            "new skill",
+        ),
         *("CKA last", "CKA mean", "tokens", "min", "GiB"),
     )
     lines = [_line(names), "|" + "---|" * len(names)]
@@ -59,7 +69,7 @@ def _method(method: str, rows: Sequence[Row]) -> str:
 
 
 def _values(measures: dict[str, Sequence[float]], at: int) -> list[str]:
-    keys = ("kl", "agreement", "perplexity_answers", "bits_per_character", "keep")
+    keys = ("kl", "agreement", "perplexity_answers", "bits_per_character", "task:capitals", "keep")
     return [f"{measures[key][at]:.3f}" if key in measures else "–" for key in keys]
 
 

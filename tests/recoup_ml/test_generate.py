@@ -13,6 +13,7 @@ from recoup.schemas import Prompt
 from recoup_ml import models
 from recoup_ml.errors import TeacherTruncated, TeacherUnavailable
 from recoup_ml.generate import BATCH, LocalEngine, VllmEngine, usable
+from recoup_ml.observation import observe
 from recoup_ml.sequences import Answered, Encoded, encode
 
 LIMIT = 12
@@ -50,6 +51,18 @@ def test_padding_on_the_left_changes_no_answer(
     together = engine.answer(asked, LIMIT, ignore)
     assert len({len(prompt.ids) for prompt in asked}) > 2
     assert together == [engine.answer([prompt], LIMIT, ignore)[0] for prompt in asked]
+
+
+def test_a_model_is_observed_while_it_answers_as_on_the_whole_text(
+    healthy: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, asked: list[Encoded]
+) -> None:
+    engine = LocalEngine(healthy, tokenizer)
+    answers, seen = engine.observed(asked, LIMIT, ignore)
+    again = observe(healthy, answers, models.pad_id(tokenizer))
+    assert answers == usable(engine.answer(asked, LIMIT, ignore))
+    assert [len(part) for part in seen.hidden] == [len(given.answer_ids) for given in answers]
+    for found, expected in zip(seen.hidden, again.hidden, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_an_answer_says_how_it_ended(

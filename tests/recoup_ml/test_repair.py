@@ -23,7 +23,7 @@ Student = Callable[[str], Path]
 
 @pytest.fixture
 def repaired(student: Student, teacher: Path, answered: list[Answered]) -> Callable[..., PreTrainedModel]:
-    """`repaired("pruned", "reconstruct", 0.3)`: that student with that repair."""
+    """`repaired("pruned", "reconstruct", 1.0)`: that student with that repair."""
 
     def make(name: str, method: str, strength: float) -> PreTrainedModel:
         model = models.load(student(name))
@@ -174,7 +174,7 @@ def test_reconstruction_brings_a_pruned_student_nearer(
     healthy: PreTrainedModel,
     answered: list[Answered],
 ) -> None:
-    cut, mended = models.load(student(name)), repaired(name, "reconstruct", 0.3)
+    cut, mended = models.load(student(name)), repaired(name, "reconstruct", 1.0)
     assert kl(mended, healthy, answered) < 0.95 * kl(cut, healthy, answered)
 
 
@@ -182,7 +182,7 @@ def test_reconstruction_brings_a_pruned_student_nearer(
 def test_reconstruction_keeps_the_zeros(
     name: str, repaired: Callable[..., PreTrainedModel], student: Student
 ) -> None:
-    before, after = tensors(models.load(student(name))), tensors(repaired(name, "reconstruct", 0.3))
+    before, after = tensors(models.load(student(name))), tensors(repaired(name, "reconstruct", 1.0))
     for key in before:
         if block_of(key) is not None and before[key].dim() == 2:
             assert not torch.equal(after[key], before[key])
@@ -190,10 +190,23 @@ def test_reconstruction_keeps_the_zeros(
             assert not torch.signbit(after[key][after[key] == 0]).any()
 
 
-def test_reconstruction_leaves_a_model_without_zeros_alone(
-    repaired: Callable[..., PreTrainedModel], student: Student
+@pytest.mark.parametrize("name", ["narrow", "shallow"])
+def test_reconstruction_makes_up_for_what_is_gone(
+    name: str,
+    repaired: Callable[..., PreTrainedModel],
+    student: Student,
+    healthy: PreTrainedModel,
+    answered: list[Answered],
 ) -> None:
-    assert close(repaired("finetuned", "reconstruct", 0.3), models.load(student("finetuned")))
+    cut, mended = models.load(student(name)), repaired(name, "reconstruct", 1.0)
+    assert kl(mended, healthy, answered) < 0.95 * kl(cut, healthy, answered)
+
+
+def test_reconstruction_has_nothing_to_mend_in_the_teacher_itself(
+    repaired: Callable[..., PreTrainedModel], healthy: PreTrainedModel
+) -> None:
+    mended, before = tensors(repaired("copy", "reconstruct", 1.0)), tensors(healthy)
+    assert all(torch.allclose(mended[name], before[name], atol=1e-4) for name in before)
 
 
 def test_survivors_are_fitted_as_least_squares_would() -> None:
@@ -202,7 +215,8 @@ def test_survivors_are_fitted_as_least_squares_would() -> None:
     inputs = torch.randn(300, 16) @ torch.randn(16, 16)
     moment, theirs = inputs.T @ inputs, torch.randn(8, 16)
     pruned = theirs * (torch.rand(8, 16) > 0.5)
-    found, ridge = refit(pruned, theirs, moment, 0.1), 0.1 * moment.diagonal()
+    pull, ridge = (theirs - pruned) @ moment, 0.1 * moment.diagonal()
+    found = refit(pruned, pull, moment, 0.1)
     for row in range(8):
         kept = pruned[row] != 0
         system = (moment[kept][:, kept] + torch.diag(ridge[kept])).double()
@@ -236,4 +250,4 @@ def test_a_family_without_linear_layers_is_refused(teacher: Path, answered: list
         kind="pruning", layer_map=[(0, 0), (1, 1)], distance_by_layer=[0.0, 0.0]
     )
     with pytest.raises(UnsupportedModel, match=r"no torch\.nn\.Linear"):
-        repair.apply(Repair("reconstruct", 0.3), model, teacher, found, answered[:8], 0)
+        repair.apply(Repair("reconstruct", 1.0), model, teacher, found, answered[:8], 0)

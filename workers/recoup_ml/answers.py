@@ -114,6 +114,17 @@ class Speaker:
     engine: Engine
     pad_id: int
 
+    def speak(
+        self, prompts: Sequence[Encoded], limit: int, counter: Counter
+    ) -> tuple[list[Answered], Observation]:
+        """The usable answers, and the model observed on them."""
+        size = len(prompts)
+        if isinstance(self.engine, LocalEngine):
+            tick = counter.part(2 * size)
+            return self.engine.observed(prompts, limit, lambda done: tick(2 * done))
+        answers = usable(self.engine.answer(prompts, limit, counter.part(size)))
+        return answers, observe(self.model, answers, self.pad_id, tick=counter.part(size))
+
 
 def _teacher(run: Run, tokenizer: PreTrainedTokenizerBase) -> Speaker:
     model = models.load(run.teacher)
@@ -128,9 +139,8 @@ def _student(run: Run, tokenizer: PreTrainedTokenizerBase) -> Speaker:
 def _answer(speaker: Speaker, prompts: Sequence[Encoded], limit: int, place: Path, counter: Counter) -> None:
     if not prompts:
         raise EmptyDataset(f"No prompt for {place.name} is shorter than training.max_length.")
-    answers = usable(speaker.engine.answer(prompts, limit, counter.part(len(prompts))))
+    answers, seen = speaker.speak(prompts, limit, counter)
     write_jsonl(place.with_suffix(".jsonl"), answers)
-    seen = observe(speaker.model, answers, speaker.pad_id, tick=counter.part(len(prompts)))
     seen.save(place.with_suffix(".safetensors"))
 
 

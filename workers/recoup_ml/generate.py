@@ -5,7 +5,8 @@ process, batched, with a key-value cache; `VllmEngine` asks an OpenAI-compatible
 a large teacher belongs. Greedy answers make a recovery repeatable on one machine.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import httpx2
@@ -14,7 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recoup_ml.errors import TeacherTruncated, TeacherUnavailable
-from recoup_ml.models import pad_id
+from recoup_ml.models import head, pad_id
+from recoup_ml.observation import Observation
 from recoup_ml.sequences import Answered, Encoded
 
 Tick = Callable[[int], None]
@@ -42,31 +44,48 @@ class LocalEngine:
         self._end_ids = _end_ids(model, tokenizer)
 
     def answer(self, prompts: Sequence[Encoded], max_new_tokens: int, tick: Tick) -> list[Answered]:
+        found = {row: given for row, given, _ in self._generated(prompts, max_new_tokens, tick)}
+        return [found[row] for row in range(len(prompts))]
+
+    def observed(
+        self, prompts: Sequence[Encoded], max_new_tokens: int, tick: Tick
+    ) -> tuple[list[Answered], Observation]:
+        """The usable answers, and the model as `observe` would find it on them, without a second pass."""
+        found = {row: (given, seen) for row, given, seen in self._generated(prompts, max_new_tokens, tick)}
+        kept = set(usable([given for given, _ in found.values()]))
+        pairs = [found[row] for row in range(len(prompts)) if found[row][0] in kept]
+        hidden = [hidden_AD.cpu() for _, hidden_AD in pairs]
+        return [given for given, _ in pairs], Observation(hidden, head(self._model).detached(), [])
+
+    def _generated(
+        self, prompts: Sequence[Encoded], max_new_tokens: int, tick: Tick
+    ) -> Iterator[tuple[int, Answered, Tensor]]:
+        """(prompt's place, its answer, last hidden states at the answer's positions [A, D]), by length."""
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))
-        answers: dict[int, Answered] = {}
         for start in range(0, len(order), BATCH):
             rows = order[start : start + BATCH]
-            generated = self._generate([prompts[row] for row in rows], max_new_tokens)
-            answers |= dict(zip(rows, generated, strict=True))
-            tick(len(answers))
-        return [answers[row] for row in range(len(prompts))]
+            ids, hidden_BAD = self._generate([prompts[row] for row in rows], max_new_tokens)
+            for row, answer_ids, hidden_AD in zip(rows, ids, hidden_BAD, strict=True):
+                answered = self._answered(prompts[row], answer_ids)
+                yield row, answered, hidden_AD[: len(answered.answer_ids)].clone()
+            tick(start + len(rows))
 
     @torch.inference_mode()
-    def _generate(self, prompts: Sequence[Encoded], max_new_tokens: int) -> list[Answered]:
+    def _generate(self, prompts: Sequence[Encoded], max_new_tokens: int) -> tuple[list[list[int]], Tensor]:
         ids_BT, mask_BT = _left_padded([prompt.ids for prompt in prompts], pad_id(self._tokenizer))
-        output_BT = self._model.generate(
-            input_ids=ids_BT.to(self._model.device),
-            attention_mask=mask_BT.to(self._model.device),
-            max_new_tokens=max_new_tokens,
-            **self._how,
-            top_p=None,
-            top_k=0 if self._how["do_sample"] else None,
-            repetition_penalty=1.0,
-            eos_token_id=self._end_ids,
-            pad_token_id=pad_id(self._tokenizer),
-        )
-        rows = output_BT[:, ids_BT.shape[1] :].tolist()
-        return [self._answered(prompt, row) for prompt, row in zip(prompts, rows, strict=True)]
+        with _last_states(self._model) as states_BD:
+            output_BT = self._model.generate(
+                input_ids=ids_BT.to(self._model.device),
+                attention_mask=mask_BT.to(self._model.device),
+                max_new_tokens=max_new_tokens,
+                **self._how,
+                top_p=None,
+                top_k=0 if self._how["do_sample"] else None,
+                repetition_penalty=1.0,
+                eos_token_id=self._end_ids,
+                pad_token_id=pad_id(self._tokenizer),
+            )
+        return output_BT[:, ids_BT.shape[1] :].tolist(), torch.stack(states_BD, dim=1)
 
     def _answered(self, prompt: Encoded, ids: list[int]) -> Answered:
         end = next((place for place, token in enumerate(ids) if token in self._end_ids), None)
@@ -143,6 +162,19 @@ def usable(answers: Sequence[Answered]) -> list[Answered]:
     if not kept:
         raise TeacherTruncated(f"None of the teacher's {len(answers)} answers holds any text.")
     return kept
+
+
+@contextmanager
+def _last_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """Inside the block: what the model's head is given for the last token of every pass, [B, D] each."""
+    seen: list[Tensor] = []
+    hook = model.get_decoder().register_forward_hook(
+        lambda _module, _args, output: seen.append(output.last_hidden_state[:, -1].clone())
+    )
+    try:
+        yield seen
+    finally:
+        hook.remove()
 
 
 def _left_padded(rows: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]:

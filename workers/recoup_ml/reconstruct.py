@@ -1,60 +1,76 @@
-"""Block-wise reconstruction of a pruned model: its surviving weights make up for what was cut.
+"""Block-wise reconstruction of a pruned model: what survived makes up for what was cut.
 
-For every matrix in turn, with the inputs x that reach it through the blocks already repaired, the
-survivors are re-fitted to what the teacher's matrix would make of them:
+Two fits in every block, on the inputs x that reach it through the blocks already repaired. First each
+matrix with zeros is re-fitted to what the teacher's matrix would make of those inputs:
 
     minimise over W where M = 1:   E‖(W - W_t) x‖² + Σ ρ_i ‖w_i - w_s,i‖²
 
 (layer-wise least squares as in SparseGPT, arXiv 2301.00774, and "A free lunch in LLM compression",
-arXiv 2510.14444; the mask M is the student's own and stays, bit for bit). All rows are solved at
-once by conjugate gradients with the mask applied, matrix products only. A matrix whose teacher has
-another shape is left as it is. Axes: O outputs, I inputs.
+arXiv 2510.14444; the mask M is the student's own and stays, bit for bit). Then the last matrix, which
+adds to the residual stream, is fitted so that the stream behind the block becomes the teacher's there.
+That makes up for what is still wrong in the block and before it, for channels that are gone, and for
+layers that were dropped behind it. Where an output is normed before it is added (Gemma 2), the last
+matrix is fitted as the others are.
+
+All rows are solved at once by conjugate gradients with the mask applied, matrix products only. Axes: N
+tokens, O outputs, I inputs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from recoup_ml.hidden import decoder_blocks
 from recoup_ml.low_rank import second_moments
 from recoup_ml.sequences import Batch
-from recoup_ml.stream import Stream, linear_layers
+from recoup_ml.stream import Stream, hooks, linear_layers
 from recoup_ml.twins import Twins
 
 ITERATIONS = 32
 
 
 @torch.no_grad()
-def reconstruct(student: PreTrainedModel, teacher: Twins, texts: Sequence[Batch], ridge: float) -> None:
-    """Re-fits the survivors of every pruned matrix in the blocks, in place, block after block.
+def reconstruct(
+    student: PreTrainedModel,
+    healthy: PreTrainedModel,
+    teacher: Twins,
+    texts: Sequence[Batch],
+    ridge: float,
+) -> None:
+    """Re-fits the student's blocks in place, one after another; `healthy` is the teacher, loaded.
 
-    In memory at once: the residual stream of `texts` and the second moments of one block's inputs.
+    In memory at once: both models, the residual streams of `texts` in both, and the second moments of one
+    block's inputs.
     """
-    stream = Stream(student, texts)
-    for block in range(len(decoder_blocks(student))):
+    here, there, passed = Stream(student, texts), Stream(healthy, texts), 0
+    for block, module in enumerate(decoder_blocks(student)):
+        next_kept = teacher.layers.get(block + 1, len(decoder_blocks(healthy)))
+        for other in range(passed, next_kept):
+            there.advance(other)
+        passed = next_kept
         layers = linear_layers(student, block)
-        for name, moment_II in second_moments(stream, block, layers).items():
-            weight = layers[name].weight
-            theirs = teacher[f"{name}.weight"].to(moment_II)
-            if theirs.shape == weight.shape and (weight == 0).any():
-                weight.copy_(refit(weight.float(), theirs, moment_II, ridge))
-        stream.advance(block)
+        last = [*layers][-1] if _adds_to_stream(here, block, [*layers.values()][-1]) else None
+        _fit_to_teacher(here, block, {n: layer for n, layer in layers.items() if n != last}, teacher, ridge)
+        if last is not None:
+            _fit_to_stream(here, there, block, module, layers[last], ridge)
+        here.advance(block)
 
 
-def refit(weight_OI: Tensor, teacher_OI: Tensor, moment_II: Tensor, ridge: float) -> Tensor:
-    """The survivors that minimise tr (W - W_t) C (W - W_t)ᵀ + Σ ρ_i ‖w_i - w_s,i‖²; zeros elsewhere.
+def refit(weight_OI: Tensor, pull_OI: Tensor, moment_II: Tensor, ridge: float) -> Tensor:
+    """`weight_OI` + D with the D that minimises tr (D C Dᵀ - 2 D Pᵀ) + Σ ρ_i ‖d_i‖²; zeros stay zero.
 
     Args:
-        moment_II: C, the second moment of the inputs.
+        pull_OI: P = Σ y xᵀ of the changes y that the outputs should see.
+        moment_II: C = Σ x xᵀ of the inputs.
         ridge: ρ of each input in units of its own moment.
     """
     kept_OI = weight_OI != 0
     damping_I = ridge * moment_II.diagonal()
     scale_I = (moment_II.diagonal() + damping_I).clamp_min(torch.finfo(moment_II.dtype).tiny)
     found = weight_OI.clone()
-    residual = ((teacher_OI - found) @ moment_II) * kept_OI
+    residual = pull_OI * kept_OI
     step = residual / scale_I
     direction, energy_O1 = step, (residual * step).sum(1, keepdim=True)
     for _ in range(ITERATIONS):
@@ -66,3 +82,38 @@ def refit(weight_OI: Tensor, teacher_OI: Tensor, moment_II: Tensor, ridge: float
         before_O1, energy_O1 = energy_O1, (residual * step).sum(1, keepdim=True)
         direction = step + energy_O1 / before_O1.clamp_min(1e-30) * direction
     return torch.where(kept_OI, found, torch.zeros(()).to(found))
+
+
+def _fit_to_teacher(
+    stream: Stream, block: int, layers: Mapping[str, nn.Linear], teacher: Twins, ridge: float
+) -> None:
+    """Fits matrices that have zeros, and their teacher's shape, to their teacher's."""
+    pruned = {name: layer for name, layer in layers.items() if (layer.weight == 0).any()}
+    for name, moment_II in second_moments(stream, block, pruned).items():
+        weight, theirs = layers[name].weight, teacher[f"{name}.weight"].to(moment_II)
+        if theirs.shape == weight.shape:
+            pull_OI = (theirs - weight.float()) @ moment_II
+            weight.copy_(refit(weight.float(), pull_OI, moment_II, ridge))
+
+
+def _fit_to_stream(
+    here: Stream, there: Stream, block: int, module: nn.Module, last: nn.Linear, ridge: float
+) -> None:
+    """Fits the matrix that adds to the stream, so that the stream behind the block is what it is `there`."""
+    moment_II = pull_OI = torch.zeros((), device=last.weight.device)
+    watched = here.watch(block, {"last": last, "block": module})
+    for flows, mask_BT, wanted_BTD in zip(watched, there.masks_BT, there.hidden_BTD, strict=True):
+        inputs_NI = flows["last"].inputs_NI
+        lack_NO = wanted_BTD[mask_BT].float() - flows["block"].outputs_NO
+        moment_II = moment_II + inputs_NI.T @ inputs_NI
+        pull_OI = pull_OI + lack_NO.T @ inputs_NI
+    last.weight.copy_(refit(last.weight.float(), pull_OI, moment_II, ridge))
+
+
+def _adds_to_stream(stream: Stream, block: int, layer: nn.Linear) -> bool:
+    """Whether the layer's output is added to the stream as it is: then a shift of one shifts the other."""
+    before_BTD = next(stream.after(block))
+    shift = float(before_BTD.float().std())
+    with hooks([layer.register_forward_hook(lambda _layer, _args, output: output + shift)]):
+        moved_BTD = next(stream.after(block)) - before_BTD
+    return float((moved_BTD - shift).abs().mean()) < 0.1 * shift

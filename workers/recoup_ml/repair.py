@@ -47,7 +47,7 @@ def candidates(kind: str) -> list[Repair]:
         case "quantization":
             return [Repair("low_rank_patch", 16)]
         case "pruning":
-            return [Repair("reconstruct", 0.3)]
+            return [Repair("reconstruct", 1.0)]
         case _:
             return [
                 *(Repair("interpolate", share) for share in (0.25, 0.5, 0.75)),
@@ -86,7 +86,8 @@ def apply(
             else:
                 low_rank.add(student, patches)
         case "reconstruct":
-            reconstruct.reconstruct(student, twins, calibration(texts, pad_id), repair.strength)
+            healthy = models.load(teacher)
+            reconstruct.reconstruct(student, healthy, twins, calibration(texts, pad_id), repair.strength)
 
 
 def as_adapter(

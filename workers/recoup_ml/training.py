@@ -28,7 +28,7 @@ from recoup_ml.trainable import Trainee
 
 WARMUP_SHARE, FINAL_SHARE = 0.1, 0.1
 MAX_GRADIENT_NORM = 1.0
-VALIDATIONS = 8
+VALIDATIONS, FEWEST_VALIDATIONS, STEPS_BETWEEN = 8, 4, 6
 MICRO_TOKENS = {"cpu": 512, "cuda": 16_384}
 """Tokens that go through the student at once; what a batch holds more comes one after another."""
 
@@ -205,4 +205,9 @@ def rate_share(step: int, steps: int) -> float:
 
 
 def validation_steps(steps: int) -> set[int]:
-    return {round(steps * part / VALIDATIONS) for part in range(1, VALIDATIONS + 1)} - {0}
+    """After which steps to validate: four to eight times, the last step among them.
+
+    In a short run every validation costs as much as a few steps.
+    """
+    times = min(VALIDATIONS, max(FEWEST_VALIDATIONS, steps // STEPS_BETWEEN))
+    return {round(steps * part / times) for part in range(1, times + 1)} - {0}

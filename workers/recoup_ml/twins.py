@@ -15,7 +15,7 @@ class Twins:
 
     def __init__(self, teacher: Path, layer_map: Sequence[tuple[int, int]]) -> None:
         """`layer_map` holds (student layer, teacher layer), from 0."""
-        self._weights, self._layers = Weights(teacher), dict(layer_map)
+        self._weights, self.layers = Weights(teacher), dict(layer_map)
 
     def __contains__(self, name: str) -> bool:
         return self._twin(name) in self._weights
@@ -50,4 +50,4 @@ class Twins:
         block = block_of(name)
         if block is None:
             return name
-        return BLOCK.sub(lambda found: found[0].replace(found[1], str(self._layers[block])), name, count=1)
+        return BLOCK.sub(lambda found: found[0].replace(found[1], str(self.layers[block])), name, count=1)
