@@ -29,7 +29,7 @@ from recoup_jobs.sources import (
 FEWEST_PROMPTS = 48
 """Distinct ones: fewer cannot be split into training, validation and test."""
 
-FROM_REFERENCES = frozenset({"sft", "rewrite_sft"})
+FROM_REFERENCES = frozenset({"sft", "rewrite_sft", "self_demonstration"})
 """Methods that learn from the reference answers of `prompts`."""
 
 HIDDEN_SIZE_KEYS = ("hidden_size", "n_embd", "d_model")

@@ -298,7 +298,7 @@ def test_files_must_be_there_and_hold_what_they_are_used_for(findings, student, 
     ]
 
 
-@pytest.mark.parametrize("method", ["sft", "rewrite_sft"])
+@pytest.mark.parametrize("method", ["sft", "rewrite_sft", "self_demonstration"])
 def test_a_method_that_learns_from_references_needs_one(findings, student, upload, method):
     wanted = {"method": MethodSpec(type=method)}
     bare = prompts(60)

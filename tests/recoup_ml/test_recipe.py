@@ -471,6 +471,16 @@ def test_the_second_stage_follows_the_first(finish: Callable[..., Finished]) -> 
     assert found.outcome in {"recovered", "partial"}
 
 
+def test_a_teacher_that_is_shown_the_reference_scores_the_students_answers(
+    finish: Callable[..., Finished],
+) -> None:
+    found = finish("finetuned", method={"type": "self_demonstration"}, training={"steps": 40}, **LENIENT)
+    (phase,) = found.report.training.phases
+    assert (phase.data, phase.objective) == ("demonstrated", "reverse_kl")
+    losses = [point.loss for point in found.report.training.curve]
+    assert sum(losses[-5:]) < sum(losses[:5])
+
+
 @pytest.mark.parametrize("method", ["sft", "rewrite_sft"])
 def test_a_student_learns_from_texts(method: str, finish: Callable[..., Finished]) -> None:
     found = finish("finetuned", method={"type": method}, training={"steps": 40}, **LENIENT)
@@ -489,6 +499,15 @@ def test_texts_cannot_be_learnt_without_references(
     run = make_run("finetuned", method={"type": "sft"})
     bare = [prompt.model_copy(update={"completion": None}) for prompt in run.prompts]
     with pytest.raises(EmptyDataset, match="no training prompt has one"):
+        recover(replace(run, prompts=bare), open_journal(tmp_path))
+
+
+def test_nothing_can_be_demonstrated_without_references(
+    make_run: Callable[..., Run], open_journal: type, tmp_path: Path
+) -> None:
+    run = make_run("finetuned", method={"type": "self_demonstration"})
+    bare = [prompt.model_copy(update={"completion": None}) for prompt in run.prompts]
+    with pytest.raises(EmptyDataset, match="shows the teacher each prompt with its reference"):
         recover(replace(run, prompts=bare), open_journal(tmp_path))
 
 

@@ -228,6 +228,14 @@ CASES: dict[str, tuple[str, list[Prompt], dict[str, object]]] = {
         }
         | MERGED,
     ),
+    "demonstrated": (
+        "finetuned",
+        [],
+        {
+            "training": SHORT | {"mode": "lora"},
+            "method": {"type": "self_demonstration", "rollouts": {"temperature": 0.0}},
+        },
+    ),
     "after a patch": (
         "rounded",
         [],
@@ -294,7 +302,7 @@ def test_the_script_comes_to_the_same_weights(repeated: Repeated) -> None:
     else:
         model = AutoModelForCausalLM.from_pretrained(repeated.weights)
     assert plain_kl(repeated, model) == pytest.approx(repeated.kl, rel=1e-2)
-    assert repeated.kl < 0.98 * before
+    assert abs(repeated.kl - before) > 0.02 * before
 
 
 @torch.inference_mode()

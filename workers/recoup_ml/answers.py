@@ -23,7 +23,7 @@ from recoup_ml.lessons import Lesson, distributions, texts
 from recoup_ml.observation import Observation, observe
 from recoup_ml.plan import Plan, make_plan
 from recoup_ml.probe import KEPT, keep_tokens
-from recoup_ml.rewrite import Rewritten, rewriting, settle
+from recoup_ml.rewrite import Rewritten, demonstrated, rewriting, settle
 from recoup_ml.run import Counter, Done, Journal, Run
 from recoup_ml.sequences import Answered, Encoded, encode, read_jsonl, with_answer, write_jsonl
 from recoup_ml.splits import split_keep
@@ -93,6 +93,27 @@ def kept(done: Done, plan: Plan) -> Lesson | None:
 def written(done: Done) -> Lesson:
     """The lesson on references, rewritten or as they are."""
     return texts(read_jsonl(done["generate"] / "texts.jsonl"))
+
+
+def demonstrations(
+    run: Run, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Encoded], dict[tuple[int, ...], tuple[int, ...]]]:
+    """The training prompts that have a reference, and for each the prompt that shows the reference.
+
+    Raises:
+        EmptyDataset: there are none, or with their reference all are longer than `training.max_length`.
+    """
+    items = encode(_with_references(diagnose.split_prompts(run).train), tokenizer, run.prompt_tokens)
+    showing = [demonstrated(item.prompt) for item in items]
+    short = encode(showing, tokenizer, run.request.training.max_length)
+    ids = {id(shown.prompt): shown.ids for shown in short}
+    pairs = [(item, ids[id(shown)]) for item, shown in zip(items, showing, strict=True) if id(shown) in ids]
+    if not pairs:
+        raise EmptyDataset(
+            "self_demonstration shows the teacher each prompt with its reference answer, and no training "
+            "prompt has one that fits into training.max_length."
+        )
+    return [item for item, _ in pairs], {item.ids: shown for item, shown in pairs}
 
 
 def rewrite_counts(done: Done) -> RewriteCounts | None:

@@ -2,7 +2,8 @@
 
 What it learns from is the plan's choice: the teacher's distributions on the teacher's answers
 (off-policy; QAD, arXiv 2601.20088), on the student's own answers (on-policy; GKD, arXiv
-2306.13649), the one and then the other (arXiv 2604.15794), or texts by cross-entropy. The
+2306.13649), the one and then the other (arXiv 2604.15794), those of a teacher that is shown the
+reference answer (self-demonstration; arXiv 2601.19897), or texts by cross-entropy. The
 teacher is frozen. The checkpoint is chosen by KL on validation prompts, never by training loss.
 
 Prompts of `keep` enter every step with the damaged student's own distribution as their target, so
@@ -11,7 +12,7 @@ that the skill it was tuned for stays (two teachers, one for each kind of prompt
 It does not decide whether the student got better; `verdict.py` does, on other prompts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,17 +104,27 @@ def _course(
     if data == "teacher":
         return FixedCourse(answers.taught(done, plan), plan.batch_size, seed)
     if data == "student":
-        return _rollouts(run, plan, student, tokenizer)
+        asked = encode(diagnose.split_prompts(run).train, tokenizer, run.prompt_tokens)
+        return _rollouts(run, plan, student, tokenizer, asked, {})
+    if data == "demonstrated":
+        return _rollouts(run, plan, student, tokenizer, *answers.demonstrations(run, tokenizer))
     return FixedCourse(answers.written(done), plan.batch_size, seed)
 
 
 def _rollouts(
-    run: Run, plan: Plan, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    run: Run,
+    plan: Plan,
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Encoded],
+    shown: Mapping[tuple[int, ...], tuple[int, ...]],
 ) -> RolloutCourse:
-    """The student's answers, taught by a teacher that stands beside it."""
+    """The student's answers to `prompts`, taught by a teacher that stands beside it.
+
+    `shown` has the prompts that the teacher sees instead, by the student's.
+    """
     spec = run.request.method.rollouts
     limit = run.request.generation.max_new_tokens if spec.max_new_tokens == "auto" else spec.max_new_tokens
-    prompts = encode(diagnose.split_prompts(run).train, tokenizer, run.prompt_tokens)
     teacher, pad_id = models.load(run.teacher), models.pad_id(tokenizer)
     engine = LocalEngine(student, tokenizer, spec.temperature)
 
@@ -124,7 +135,8 @@ def _rollouts(
         return [_without_loop(item) for item in given]
 
     def teach(given: Sequence[Answered]) -> Lesson:
-        seen = observe(teacher, given, pad_id)
+        heard = [replace(item, prompt_ids=shown.get(item.prompt_ids, item.prompt_ids)) for item in given]
+        seen = observe(teacher, heard, pad_id)
         lesson = distributions(given, seen, plan.top_k, plan.divergence.temperature)
         return Lesson(lesson.answers, lesson.targets, spec.skip_tokens)
 

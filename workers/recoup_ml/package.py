@@ -7,6 +7,7 @@ card. A student that did not get better gets its report and no weights.
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from peft import PeftModel
@@ -16,6 +17,7 @@ from recoup_ml import answers, diagnose, distil, evaluate, models
 from recoup_ml.card import model_card
 from recoup_ml.errors import RecoveryError
 from recoup_ml.page import html_page
+from recoup_ml.plan import Plan
 from recoup_ml.plots import alignment_png, alignment_svg
 from recoup_ml.report import PROMOTED, assemble
 from recoup_ml.run import Done, Journal, Run
@@ -67,9 +69,9 @@ def _learnt(run: Run, done: Done, report: Report, folder: Path) -> dict[str, Pat
     rewrites = generated / "rewrites.jsonl"
     files = {"rewrites.jsonl": rewrites if rewrites.exists() else generated / "train.jsonl"}
     files |= {name: generated / name for name in TAUGHT if (generated / name).exists()}
-    if plan.answers("student"):
+    if asked := _asked(run, plan):
         files[PROMPTS] = folder / PROMPTS
-        files[PROMPTS].write_text("".join(map(_line, _asked(run))), "utf-8")
+        files[PROMPTS].write_text("".join(asked), "utf-8")
     started = _start(run, done, folder)
     if report.training:
         files[RECIPE] = folder / RECIPE
@@ -87,14 +89,21 @@ def _start(run: Run, done: Done, folder: Path) -> dict[str, Path]:
     return {f"{distil.START}/{name}": folder / distil.START / name for name in ADAPTER_FILES}
 
 
-def _asked(run: Run) -> list[Encoded]:
-    """The prompts that a student answers while it trains."""
+def _asked(run: Run, plan: Plan) -> list[str]:
+    """The prompts that a student answers while it trains, a line each; none if it answers none."""
     tokenizer = models.load_tokenizer(run.teacher)
-    return encode(diagnose.split_prompts(run).train, tokenizer, run.prompt_tokens)
+    if plan.answers("demonstrated"):
+        items, shown = answers.demonstrations(run, tokenizer)
+        return [_line(item, shown_ids=shown[item.ids]) for item in items]
+    if plan.answers("student"):
+        return [
+            _line(item) for item in encode(diagnose.split_prompts(run).train, tokenizer, run.prompt_tokens)
+        ]
+    return []
 
 
-def _line(item: Encoded) -> str:
-    return json.dumps({"prompt": item.text, "prompt_ids": item.ids}, ensure_ascii=False) + "\n"
+def _line(item: Encoded, **more: Sequence[int]) -> str:
+    return json.dumps({"prompt": item.text, "prompt_ids": item.ids} | more, ensure_ascii=False) + "\n"
 
 
 def _write_weights(run: Run, done: Done, folder: Path) -> None:

@@ -43,6 +43,7 @@ VERDICTS: Final[dict[Outcome, Verdict]] = {
 PHASES: Final = {
     "teacher": "the teacher's answers",
     "student": "the student's own answers",
+    "demonstrated": "the student's own answers, scored by a teacher that was shown the references",
     "rewrites": "references in the teacher's words",
     "references": "references as they are",
 }

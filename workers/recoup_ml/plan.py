@@ -7,11 +7,11 @@ Nothing here is learnt or measured; the numbers of `RULES` were chosen on the gr
 from dataclasses import dataclass
 from typing import Literal
 
-from recoup.schemas import Choice, CreateRecovery, DamageReport, Method
+from recoup.schemas import Choice, CreateRecovery, DamageReport, DivergenceName, Method
 from recoup_ml.divergence import Divergence
 from recoup_ml.errors import UnsupportedRequest
 
-Data = Literal["teacher", "student", "rewrites", "references"]
+Data = Literal["teacher", "student", "demonstrated", "rewrites", "references"]
 Mode = Literal["lora", "dora", "full", "norms"]
 REPAIRS: dict[str, frozenset[str]] = {
     "finetuning": frozenset({"interpolate", "spectral", "restore_layers"}),
@@ -26,7 +26,8 @@ class Phase:
     """A stretch of training with answers of one origin and one objective."""
 
     data: Data
-    """Whose answers: the teacher's, the student's own, rewritten references, or references."""
+    """Whose answers: the teacher's, the student's own, those scored by a teacher that is shown the
+    reference, rewritten references, or references."""
     steps: int
     learning_rate: float
     probation: bool = False
@@ -123,6 +124,7 @@ DATA: dict[Method, tuple[Data, ...]] = {
     "off_policy": ("teacher",),
     "on_policy": ("student",),
     "two_stage": ("teacher", "student"),
+    "self_demonstration": ("demonstrated",),
     "rewrite_sft": ("rewrites",),
     "sft": ("references",),
 }
@@ -145,7 +147,7 @@ def make_plan(request: CreateRecovery, damage: DamageReport, available: int) -> 
     rate = rule.rates[mode] if asked.learning_rate == "auto" else asked.learning_rate
     steps = rule.steps if asked.steps == "auto" else asked.steps
     batch = min(BATCH_SIZE, available) if asked.batch_size == "auto" else asked.batch_size
-    divergence, why_divergence = _divergence(request)
+    divergence, why_divergence = _divergence(request, method)
     start, why_start = _start(request, kind)
     choices = [("damage", kind, why_kind), ("method", method, why_method)]
     if method in DATA:
@@ -209,11 +211,17 @@ def _method(request: CreateRecovery, rule: _Rule, kind: str) -> tuple[Method, st
     return asked, "as requested"
 
 
-def _divergence(request: CreateRecovery) -> tuple[Divergence, str]:
+def _divergence(request: CreateRecovery, method: Method) -> tuple[Divergence, str]:
     asked = request.method
-    name = "forward_kl" if asked.divergence == "auto" else asked.divergence
+    usual: DivergenceName = "reverse_kl" if method == "self_demonstration" else "forward_kl"
+    reason = (
+        "what the teacher says only because it was shown the answer should weigh least"
+        if usual == "reverse_kl"
+        else "it recovered most of all divergences at equal cost"
+    )
+    name = usual if asked.divergence == "auto" else asked.divergence
     beta = DEFAULT_BETA.get(name, 0.5) if asked.beta is None else asked.beta
-    why = _why(asked.divergence, "it recovered most of all divergences at equal cost")
+    why = _why(asked.divergence, reason)
     return Divergence(name, beta, asked.temperature), why
 
 

@@ -34,6 +34,8 @@ STARTS: Final[dict[Start, str]] = {
 LESSONS: Final[dict[Data, str]] = {
     "teacher": "The student learns the teacher's distribution on the teacher's answers, `rewrites.jsonl`.",
     "student": "The student learns the teacher's distribution on its own answers to `prompts.jsonl`.",
+    "demonstrated": "The student learns, on its own answers to `prompts.jsonl`, the distribution of a "
+    "teacher that is shown the reference answer.",
     "rewrites": "The student learns reference answers in the teacher's words, `texts.jsonl`.",
     "references": "The student learns reference answers as they are, `texts.jsonl`.",
 }
@@ -72,7 +74,8 @@ def recipe_script(report: Report, plan: Plan, request: CreateRecovery, patched: 
         adapter=training.mode in {"lora", "dora"},
         ranks=ranks(plan.trainable.rank, report.damage.distance_by_layer),
         phases=phases,
-        by_teacher=any(phase.data in {"teacher", "student"} for phase in phases),
+        by_teacher=any(phase.data in {"teacher", "student", "demonstrated"} for phase in phases),
+        shown=any(phase.data == "demonstrated" for phase in phases),
         keep=training.keep_answers > 0,
         **_rollouts(phases, request),
     )
@@ -144,7 +147,7 @@ def _facts(report: Report, training: TrainingReport) -> list[str]:
 
 def _rollouts(phases: Sequence[_Phase], request: CreateRecovery) -> dict[str, Any]:
     """How the student answers while it trains, if it does."""
-    if not any(phase.data == "student" for phase in phases):
+    if not any(phase.data in {"student", "demonstrated"} for phase in phases):
         return {"rollouts": None, "skip": 0}
     spec = request.method.rollouts
     limit = request.generation.max_new_tokens if spec.max_new_tokens == "auto" else spec.max_new_tokens

@@ -29,7 +29,7 @@ from recoup_ml.trainable import Trainee
 WARMUP_SHARE, FINAL_SHARE = 0.1, 0.1
 MAX_GRADIENT_NORM = 1.0
 VALIDATIONS, FEWEST_VALIDATIONS, STEPS_BETWEEN = 8, 4, 6
-MICRO_TOKENS = {"cpu": 512, "cuda": 16_384}
+MICRO_TOKENS = {"cpu": 256, "cuda": 16_384}
 """Tokens that go through the student at once; what a batch holds more comes one after another."""
 
 

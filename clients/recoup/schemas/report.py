@@ -106,7 +106,7 @@ Stopped = Literal["steps", "gap_closed", "regression", "plateau", "diverged"]
 class PhaseReport(Output):
     """One phase of training: answers of one origin, one objective."""
 
-    data: Literal["teacher", "student", "rewrites", "references"]
+    data: Literal["teacher", "student", "demonstrated", "rewrites", "references"]
     """Whose answers were learnt from."""
     objective: str
     """The divergence that was made small, or cross-entropy."""

@@ -65,6 +65,7 @@ Method = Literal[
     "off_policy",
     "on_policy",
     "two_stage",
+    "self_demonstration",
     "rewrite_sft",
     "sft",
     "interpolate",
@@ -77,7 +78,8 @@ Method = Literal[
 
 Trained on distributions: `off_policy` (the teacher answers, the student learns the teacher's
 distribution on the answers), `on_policy` (the student answers, the teacher scores every token),
-`two_stage` (the one, then the other while it still gains).
+`two_stage` (the one, then the other while it still gains), `self_demonstration` (as `on_policy`, by
+a teacher that is shown the reference answer).
 Trained on text: `rewrite_sft` (the teacher puts reference answers into its own words), `sft`
 (the references as they are: the baseline).
 Without training: `interpolate`, `spectral`, `restore_layers` for fine-tuning, `low_rank_patch`
@@ -89,7 +91,7 @@ MODEL_KINDS = frozenset({"full", "norms"})
 
 
 class RolloutSpec(Input):
-    """How the student answers in `on_policy` and `two_stage`."""
+    """How the student answers in `on_policy`, `two_stage` and `self_demonstration`."""
 
     temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 1.0
     """0 is greedy."""

@@ -1,0 +1,415 @@
+"""How fast a student learns from its teacher's distributions, beside TRL's trainers.
+
+    python benchmarks/distil.py speed     useful tokens a second, long and short answers mixed, and equal ones
+    python benchmarks/distil.py memory    above the weights, at two sizes of the vocabulary
+    python benchmarks/distil.py agree     loss and gradients of one batch, Recoup's and TRL's
+    python benchmarks/distil.py answers   makes benchmarks/answers.jsonl anew
+
+Needs `pip install trl==1.16.0` beside Recoup's own packages. Every contender trains the same LoRA
+adapter of SmolLM2-135M in float32 on the same answers, eight a step, by forward KL on the whole
+distribution (TRL: GKDTrainer with lmbda=0, beta=0, its length grouping on), in a process of its
+own; contenders take turns. Useful tokens are those of the answers: prompts and padding are work,
+not progress. The limit is what the machine's matrix products would take for the student's and the
+heads' alone, at the speed they reach in the same run.
+"""
+
+import argparse
+import json
+import platform
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ANSWERS = Path(__file__).with_name("answers.jsonl")
+CONTENDERS = ("trl", "beside", "cached", "top64")
+BATCH, RANK, RATE = 8, 16, 5e-4
+EQUAL_TOKENS, EQUAL_ROWS = 128, 48
+VOCABULARIES = 49_152, 151_936
+LAYERS_FOR_MEMORY = 6
+
+
+@dataclass(frozen=True)
+class Measured:
+    tokens: int
+    seconds: float
+    weights_mib: float
+    peak_mib: float
+    """Of the process while it trained."""
+    flop: float
+    """What the student's linear layers and the heads need, from the shapes."""
+
+    @property
+    def speed(self) -> float:
+        return self.tokens / self.seconds
+
+
+def answered(home: Path, kind: str) -> list[Any]:
+    """The answers as token ids, `Answered`."""
+    from dataclasses import replace
+
+    from recoup.schemas import Message, Prompt
+    from recoup_ml import models
+    from recoup_ml.sequences import encode, with_answer
+
+    tokenizer = models.load_tokenizer(home / "teacher")
+    given = [
+        Prompt(messages=[Message(role="user", content=row["prompt"])], completion=row["answer"])
+        for row in map(json.loads, ANSWERS.read_text("utf-8").splitlines())
+    ]
+    items = [with_answer(item, tokenizer, 1024) for item in encode(given, tokenizer, 1024)]
+    if kind == "mixed":
+        return items
+    long = [item for item in items if len(item) >= EQUAL_TOKENS]
+    return [
+        replace(item, answer_ids=item.answer_ids[: EQUAL_TOKENS - len(item.prompt_ids)])
+        for item in long[:EQUAL_ROWS]
+    ]
+
+
+def load(home: Path, vocabulary: int | None) -> Any:
+    """SmolLM2-135M, or fewer of its layers with random weights and a vocabulary of that size."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from recoup_ml import models
+
+    if vocabulary is None:
+        return models.load(home / "teacher")
+    config = AutoConfig.from_pretrained(home / "teacher")
+    config.vocab_size, config.num_hidden_layers = vocabulary, LAYERS_FOR_MEMORY
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def adapter() -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def train_recoup(contender: str, home: Path, kind: str, vocabulary: int | None) -> Measured:
+    import math
+
+    from recoup_ml import models
+    from recoup_ml.divergence import Divergence
+    from recoup_ml.lessons import FixedCourse, Lesson, distributions
+    from recoup_ml.observation import observe
+    from recoup_ml.plan import Phase, Plan, Trainable
+    from recoup_ml.trainable import prepare
+    from recoup_ml.training import Training, Watchers
+
+    given = answered(home, kind)
+    teacher = load(home, vocabulary)
+    top_k = 64 if contender == "top64" else None
+    if contender == "beside":
+        lesson = Lesson(given, given)
+
+        class Beside:
+            def __init__(self) -> None:
+                self._rows = FixedCourse(lesson, BATCH, 0)
+
+            def next(self) -> Lesson:
+                chosen = self._rows.next().answers
+                return distributions(chosen, observe(teacher, chosen, 0), None, 1.0)
+
+        course: Any = Beside()
+    else:
+        course = FixedCourse(distributions(given, observe(teacher, given, 0), top_k, 1.0), BATCH, 0)
+        del teacher
+    models.release()
+    steps = len(given) // BATCH
+    trainable = Trainable("lora", False, RANK, 2 * RANK, "all-linear", False)
+    plan = Plan(
+        damage="finetuning",
+        method="off_policy",
+        phases=(Phase("teacher", steps, RATE),),
+        divergence=Divergence("forward_kl", 0.5, 1.0),
+        top_k=top_k,
+        trainable=trainable,
+        batch_size=BATCH,
+        start="student",
+        output="adapter",
+        choices=(),
+    )
+    student = load(home, vocabulary)
+    trainee = prepare(student, trainable, [0.0] * student.config.num_hidden_layers, 0, None)
+    watchers = Watchers(lambda _model: math.nan, 0.0, lambda _point: None)
+    training = Training(trainee, plan, 0, watchers, 1.0, False, Path("unused"))
+    with memory() as used:
+        began = time.perf_counter()
+        training.run(plan.phases[0], course)
+        seconds = time.perf_counter() - began
+    tokens = sum(len(item.answer_ids) for item in given)
+    return Measured(tokens, seconds, used[0], max(used), work(student, given, beside=contender == "beside"))
+
+
+def train_trl(home: Path, kind: str, vocabulary: int | None) -> Measured:
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    given, student, teacher = answered(home, kind), load(home, vocabulary), load(home, vocabulary)
+    trainer = GKDTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=GKDConfig(
+            output_dir="unused",
+            max_steps=len(given) // BATCH,
+            per_device_train_batch_size=BATCH,
+            learning_rate=RATE,
+            lmbda=0.0,
+            beta=0.0,
+            temperature=1.0,
+            bf16=False,
+            use_cpu=True,
+            gradient_checkpointing=False,
+            train_sampling_strategy="group_by_length",
+            length_column_name="length",
+            dataloader_num_workers=0,
+            report_to=[],
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            seed=0,
+        ),
+        train_dataset=dataset(given),
+        data_collator=collate,
+        processing_class=tokenizer(home),
+        peft_config=adapter(),
+    )
+    with memory() as used:
+        began = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - began
+    tokens = sum(len(item.answer_ids) for item in given)
+    return Measured(tokens, seconds, used[0], max(used), work(student, given, beside=True))
+
+
+def tokenizer(home: Path) -> Any:
+    from recoup_ml import models
+
+    return models.load_tokenizer(home / "teacher")
+
+
+def dataset(given: Sequence[Any]) -> Any:
+    from datasets import Dataset
+
+    return Dataset.from_list(
+        [
+            {
+                "input_ids": [*item.prompt_ids, *item.answer_ids],
+                "labels": [-100] * len(item.prompt_ids) + [*item.answer_ids],
+                "length": len(item),
+            }
+            for item in given
+        ]
+    )
+
+
+def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Padded to the longest of a batch, as a careful user of TRL would have it."""
+    import torch
+
+    width = max(len(item["input_ids"]) for item in items)
+
+    def padded(key: str, fill: int) -> Any:
+        return torch.tensor([item[key] + [fill] * (width - len(item[key])) for item in items])
+
+    ids, labels = padded("input_ids", 0), padded("labels", -100)
+    mask = torch.tensor(
+        [[1] * len(item["input_ids"]) + [0] * (width - len(item["input_ids"])) for item in items]
+    )
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+@contextmanager
+def memory() -> Iterator[list[float]]:
+    """MiB of this process: first before the block, then every hundredth of a second inside it."""
+    import gc
+
+    import psutil
+
+    gc.collect()
+    process, stop = psutil.Process(), threading.Event()
+    seen = [process.memory_info().rss / 2**20]
+
+    def watch() -> None:
+        while not stop.wait(0.01):
+            seen.append(process.memory_info().rss / 2**20)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield seen
+    finally:
+        stop.set()
+        watcher.join()
+
+
+def work(student: Any, given: Sequence[Any], *, beside: bool) -> float:
+    """Multiply-adds times two: the student's linear layers forth and back to their inputs, the two heads."""
+    from torch import nn
+
+    inner = sum(
+        module.weight.numel()
+        for name, module in student.named_modules()
+        if isinstance(module, nn.Linear) and "lm_head" not in name and "lora" not in name
+    )
+    head = student.get_output_embeddings().weight.numel()
+    tokens, answers = sum(map(len, given)), sum(len(item.answer_ids) for item in given)
+    return 2.0 * ((2 + beside) * inner * tokens + 3 * head * answers)
+
+
+def flops() -> float:
+    """Of one layer-sized matrix product, a second, all threads; the best of three tries."""
+    import torch
+
+    x_NI, w_IO = torch.randn(512, 576), torch.randn(576, 1536)
+
+    def once() -> float:
+        began, times = time.perf_counter(), 300
+        for _ in range(times):
+            x_NI @ w_IO
+        return times * 2 * 512 * 576 * 1536 / (time.perf_counter() - began)
+
+    return max(once() for _ in range(3))
+
+
+def child(contender: str, home: Path, kind: str, vocabulary: int | None) -> Measured:
+    if contender == "trl":
+        return train_trl(home, kind, vocabulary)
+    return train_recoup(contender, home, kind, vocabulary)
+
+
+def measure(contender: str, kind: str, home: Path, vocabulary: int | None = None) -> Measured:
+    """In a process of its own, so that its memory is its own."""
+    command = [sys.executable, __file__, "child", contender, kind, str(vocabulary or 0), "--home", str(home)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return Measured(**json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def speed(home: Path, rounds: int) -> None:
+    print(f"{platform.machine()}, {flops() / 1e9:.0f} GFLOP/s in matrix products, {rounds} rounds, medians\n")
+    print("| answers | contender | useful tokens/s | × TRL | share of the limit | peak MiB | above weights |")
+    print("|---|---|---|---|---|---|---|")
+    for kind in ("mixed", "equal"):
+        found: dict[str, list[Measured]] = {name: [] for name in CONTENDERS}
+        limits = []
+        for _ in range(rounds):
+            for name in CONTENDERS:
+                found[name].append(measure(name, kind, home))
+            limits.append(flops())
+        for name, runs in found.items():
+            ratio = median(mine.speed / theirs.speed for mine, theirs in zip(runs, found["trl"], strict=True))
+            share = median(run.flop / run.seconds / limit for run, limit in zip(runs, limits, strict=True))
+            above = median(run.peak_mib - run.weights_mib for run in runs)
+            cells = (
+                *(kind, name, f"{median(run.speed for run in runs):.1f}", f"{ratio:.2f}", f"{share:.0%}"),
+                *(f"{median(run.peak_mib for run in runs):,.0f}", f"{above:,.0f}"),
+            )
+            print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def memory_table(home: Path) -> None:
+    print(f"{LAYERS_FOR_MEMORY} layers, random weights; MiB above the weights\n")
+    print("| contender | " + " | ".join(f"V = {size:,}" for size in VOCABULARIES) + " |")
+    print("|---|---|---|")
+    for name in CONTENDERS:
+        above = [measure(name, "equal", home, size) for size in VOCABULARIES]
+        print(f"| {name} | " + " | ".join(f"{run.peak_mib - run.weights_mib:,.0f}" for run in above) + " |")
+
+
+def agree(home: Path) -> None:
+    """Loss and gradient of one padded batch by TRL's formula, and of the same answers packed, by Recoup's."""
+    import torch
+    from peft import get_peft_model
+    from trl.experimental.gkd import GKDTrainer
+
+    from recoup_ml.divergence import Divergence
+    from recoup_ml.lessons import distributions
+    from recoup_ml.observation import observe
+    from recoup_ml.sequences import packs
+    from recoup_ml.training import learn
+
+    given = random.Random(0).sample(answered(home, "mixed"), BATCH)
+    teacher, student = load(home, None), load(home, None)
+    torch.manual_seed(0)
+    adapted = get_peft_model(student, adapter())
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    learning = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+    batch = collate([row | {} for row in dataset(given)])
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        theirs_BTV = teacher(**inputs).logits[:, :-1]
+    theirs = GKDTrainer.generalized_jsd_loss(
+        adapted(**inputs).logits[:, :-1], theirs_BTV, labels=batch["labels"][:, 1:], beta=0.0
+    )
+    theirs.backward()
+    expected = {name: p.grad.clone() for name, p in learning.items()}
+    adapted.zero_grad()
+    lesson = distributions(given, observe(teacher, given, 0), None, 1.0)
+    mine = learn(student, lesson, Divergence("forward_kl", 0.5, 1.0), packs(given, 512))
+    apart = torch.cat([(learning[name].grad - expected[name]).flatten() for name in learning]).norm()
+    size = torch.cat([grad.flatten() for grad in expected.values()]).norm()
+    print(f"loss: TRL {float(theirs):.6f}, Recoup {mine:.6f} nats a token")
+    print(f"gradients: relative distance {float(apart / size):.1e}")
+
+
+def make_answers(home: Path) -> None:
+    """The teacher's own answers of 10 to 250 tokens, greedy, to built-in prompts and to short questions."""
+    from capitals import CAPITALS
+
+    from recoup.schemas import Message, Prompt
+    from recoup_ml import models, smollm
+    from recoup_ml.generate import LocalEngine
+    from recoup_ml.sequences import encode
+
+    smollm.convert(home / "teacher")
+    builtin = Path(__file__).parents[1] / "service/recoup_jobs/builtin/general.jsonl"
+    asked = [json.loads(line)["prompt"] for line in builtin.read_text("utf-8").splitlines()]
+    random.Random(0).shuffle(asked)
+    asked = asked[:160] + [f"What is the capital of {land}?" for land in list(CAPITALS)[:24]]
+    prompts = [Prompt(messages=[Message(role="user", content=text)]) for text in asked]
+    speaker = LocalEngine(models.load(home / "teacher"), tokenizer(home))
+    found = speaker.answer(encode(prompts, tokenizer(home), 200), 250, lambda done: print(done, "answered"))
+    kept = [given for given in found if 10 <= len(given.answer_ids) <= 250 and given.finish == "stop"]
+    kept = kept[: len(kept) - len(kept) % BATCH]
+    lines = [
+        json.dumps({"prompt": given.prompt, "answer": given.answer}, ensure_ascii=False) for given in kept
+    ]
+    ANSWERS.write_text("\n".join(lines) + "\n", "utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("what", choices=("speed", "memory", "agree", "answers", "child"))
+    parser.add_argument("child", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("--home", type=Path, default=Path(".recoup/grid"), help="where the teacher is made")
+    parser.add_argument("--rounds", type=int, default=2)
+    chosen = parser.parse_args()
+    commands: dict[str, Callable[[], None]] = {
+        "speed": lambda: speed(chosen.home, chosen.rounds),
+        "memory": lambda: memory_table(chosen.home),
+        "agree": lambda: agree(chosen.home),
+        "answers": lambda: make_answers(chosen.home),
+    }
+    if chosen.what == "child":
+        contender, kind, vocabulary = chosen.child
+        print("\n" + json.dumps(vars(child(contender, chosen.home, kind, int(vocabulary) or None))))
+    else:
+        from recoup_ml import smollm
+
+        smollm.convert(chosen.home / "teacher")
+        commands[chosen.what]()
+
+
+if __name__ == "__main__":
+    main()
