@@ -60,14 +60,21 @@ def iter_prompts(
     ledger: Ledger, settings: Settings, source: FilePrompts | BuiltinPrompts
 ) -> Iterator[Prompt]:
     """One at a time, for who needs only the first few."""
-    for row in _rows(_prompts_path(ledger, settings, source)):
+    for row in read_rows(_prompts_path(ledger, settings, source)):
         if not isinstance(row, TextRow):
             yield row.as_prompt()
 
 
 def load_text(ledger: Ledger, settings: Settings, source: FilePrompts) -> list[str]:
     path = _path_of_kind(ledger, settings, source.file, "text")
-    return [row.text for row in _rows(path) if isinstance(row, TextRow)]
+    return [row.text for row in read_rows(path) if isinstance(row, TextRow)]
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """The rows of a JSONL file; raises `Unprocessable` at the first line that holds none."""
+    with path.open("rb") as content:
+        for number, line in lines(iter(lambda: content.read(CHUNK), b"")):
+            yield read_row(number, line)
 
 
 def require_kind(ledger: Ledger, id: str, kind: RowKind) -> None:
@@ -104,9 +111,3 @@ def _prompts_path(ledger: Ledger, settings: Settings, source: FilePrompts | Buil
 def _path_of_kind(ledger: Ledger, settings: Settings, id: str, kind: RowKind) -> Path:
     require_kind(ledger, id, kind)
     return file_path(settings, id)
-
-
-def _rows(path: Path) -> Iterator[Row]:
-    with path.open("rb") as content:
-        for number, line in lines(iter(lambda: content.read(CHUNK), b"")):
-            yield read_row(number, line)

@@ -1,4 +1,4 @@
-"""`recoup-server`: up | api | worker | demo. What each starts is imported only then."""
+"""`recoup-server`: up | api | worker | demo | align. What each starts is imported only then."""
 
 import signal
 import sys
@@ -88,6 +88,32 @@ def demo(
     from recoup_server.demo import run_demo
 
     sys.exit(run_demo(damage, _settings(home)))
+
+
+@app.command()
+def align(
+    student: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Folder of one model.")],
+    teacher: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Folder of the other.")],
+    out: Annotated[Path, typer.Option(help="Folder for alignment.json, .csv, .png and .svg.")],
+    prompts: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="JSONL of prompts or text. [default: built in]"),
+    ] = None,
+    texts: Annotated[int, typer.Option(min=2, max=1_000_000, help="At most so many texts.")] = 512,
+    tokens: Annotated[int, typer.Option(min=1, max=32_768, help="At most so many tokens a text.")] = 32,
+    max_length: Annotated[int, typer.Option(min=2, max=32_768, help="Where a text is cut.")] = 256,
+    completion_only: Annotated[bool, typer.Option(help="Compare only tokens of completions.")] = False,
+    controls: Annotated[bool, typer.Option(help="Also measure ceiling and floor.")] = True,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
+    json: Annotated[bool, typer.Option(help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Compare two models layer by layer (CKA, with intervals), without a recovery."""
+    from recoup_server.align import Comparison, run_align
+
+    asked = Comparison(
+        student, teacher, prompts, out, texts, tokens, max_length, completion_only, controls, seed
+    )
+    sys.exit(run_align(asked, json))
 
 
 def _settings(home: Path | None) -> Settings:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from recoup_ml import cka
+from recoup_ml import hsic
 from recoup_ml.alignment import GROUPS, Positions, States, align, choose_positions
 from recoup_ml.sequences import Answered
 
@@ -156,9 +156,9 @@ def test_eight_sequences_are_eight_groups_with_the_interval_of_eight(states: Sta
     few = Positions(tuple(tuple(range(TOKENS)) for _ in range(8)))
     rows = slice(0, 8 * TOKENS)
     cut = States(*([layer[rows] for layer in getattr(states, name)] for name in vars(states)))
-    sums = cka.products(cut.before[:1], cut.teacher[:1], few.groups)
-    left_out = [float(cka.matrix(sums.without(group))[0, 0]) for group in range(8)]
-    expected = cka.jackknife(float(cka.matrix(sums)[0, 0]), left_out, 2.365)
+    sums = hsic.products(cut.before[:1], cut.teacher[:1], few.groups)
+    left_out = [float(hsic.matrix(sums.without(group))[0, 0]) for group in range(8)]
+    expected = hsic.jackknife(float(hsic.matrix(sums)[0, 0]), left_out, 2.365)
     found = align(cut, few, LAYER_MAP, seed=0)
     assert found.groups == 8
     first = found.before.diagonal[0]

@@ -1,243 +1,267 @@
-"""CKA: its laws (rotation, scale, shift), its truth on known populations, and its honesty where others fail.
+"""Two models compared on batches of text, as an outsider would do it."""
 
-Groups of whole sequences are numbered row by row; unless a test says otherwise every row is its own
-sequence, so that rows may be dealt to groups in turn.
-"""
-
+import csv
+import io
+import json
 import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from recoup_ml import cka
 
-T_975_15 = 2.131
+VOCABULARY, WORD = 96, 40
+Batch = dict[str, Tensor]
 
 
-@pytest.fixture
-def draw() -> torch.Generator:
-    return torch.Generator().manual_seed(1337)
+def llama(layers: int = 3, width: int = 24, seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            initializer_range=0.2,
+        )
+    ).eval()
 
 
-def dealt(rows: int, groups: int = 16) -> Tensor:
-    return torch.arange(rows) % groups
+@pytest.fixture(scope="module")
+def teacher() -> LlamaForCausalLM:
+    return llama()
 
 
-def value(x: Tensor, y: Tensor, groups_N: Tensor | None = None) -> float:
-    groups_N = dealt(len(x)) if groups_N is None else groups_N
-    return float(cka.matrix(cka.products([x], [y], groups_N))[0, 0])
+@pytest.fixture(scope="module")
+def student(teacher: LlamaForCausalLM) -> LlamaForCausalLM:
+    """The teacher with noise in every matrix."""
+    model = llama()
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.05 * torch.randn(weight.shape, generator=draw))
+    return model
 
 
-def interval(x: Tensor, y: Tensor, groups_N: Tensor) -> cka.Interval:
-    sums = cka.products([x], [y], groups_N)
-    left_out = [float(cka.matrix(sums.without(group))[0, 0]) for group in range(sums.groups)]
-    return cka.jackknife(float(cka.matrix(sums)[0, 0]), left_out, T_975_15)
-
-
-def song_debiased(x: Tensor, y: Tensor) -> float:
-    """The debiased CKA of the literature (Song et al. 2012, HSIC_1), by its formula, on all rows."""
-
-    def hsic(k: Tensor, el: Tensor) -> float:
-        n = len(k)
-        k, el = k - torch.diag(k.diag()), el - torch.diag(el.diag())
-        cross = (k @ el).sum() * 2 / (n - 2)
-        return float(((k * el).sum() + k.sum() * el.sum() / ((n - 1) * (n - 2)) - cross) / (n * (n - 3)))
-
-    k, el = (z.double() @ z.double().T for z in (x, y))
-    return hsic(k, el) / math.sqrt(hsic(k, k) * hsic(el, el))
-
-
-def related(draw: torch.Generator, rows: int = 400, width: int = 24) -> tuple[Tensor, Tensor]:
-    x = torch.randn(rows, width, generator=draw)
-    return x, x @ torch.randn(width, width, generator=draw) / 5 + torch.randn(rows, width, generator=draw)
-
-
-def rotation(width: int, draw: torch.Generator) -> Tensor:
-    return torch.linalg.qr(torch.randn(width, width, generator=draw, dtype=torch.float64))[0].float()
-
-
-@pytest.fixture
-def published() -> tuple[Tensor, Tensor]:
-    """Kornblith's case: its debiased CKA over all rows is 0.51346."""
-    generator = np.random.RandomState(1337)
-    x = generator.randn(100, 10)
-    return torch.from_numpy(x), torch.from_numpy(generator.randn(100, 10) + x)
-
-
-def test_the_published_value_lies_within_our_own_interval(published: tuple[Tensor, Tensor]) -> None:
-    assert song_debiased(*published) == pytest.approx(0.51346, abs=1e-5)
-    ours = interval(*published, dealt(100))
-    assert abs(ours.value - 0.51346) < ours.se
-
-
-def test_with_a_row_a_group_it_is_the_published_value(published: tuple[Tensor, Tensor]) -> None:
-    assert value(*published, torch.arange(100)) == pytest.approx(0.51346, abs=1e-3)
-
-
-@pytest.mark.parametrize("width", [8, 64, 512])
-def test_a_known_population_lies_within_four_standard_errors(width: int, draw: torch.Generator) -> None:
-    """For x = z A, y = z B with Gaussian z the truth is ‖A'B‖² / (‖A'A‖ ‖B'B‖)."""
-    a, b = torch.randn(2, 40, width, generator=draw, dtype=torch.float64)
-    b = a + b
-    truth = float((a.T @ b).square().sum() / ((a.T @ a).norm() * (b.T @ b).norm()))
-    z = torch.randn(640, 40, generator=draw, dtype=torch.float64)
-    found = interval(z @ a, z @ b, dealt(640))
-    assert abs(found.value - truth) < 4 * found.se
-    assert found.se < 0.03
-
-
-def test_rotating_either_side_changes_nothing(draw: torch.Generator) -> None:
-    x, y = related(draw)
-    turned = value(x @ rotation(24, draw), y @ rotation(24, draw))
-    assert turned == pytest.approx(value(x, y), abs=1e-6)
-
-
-@pytest.mark.parametrize("scale", [1e-4, 0.03, 1e4])
-def test_scaling_either_side_changes_nothing(scale: float, draw: torch.Generator) -> None:
-    x, y = related(draw)
-    assert value(scale * x, y) == pytest.approx(value(x, y), abs=1e-6)
-    assert value(x, scale * y) == pytest.approx(value(x, y), abs=1e-6)
-
-
-def test_a_shift_of_a_hundred_sigma_in_float32_changes_nothing(draw: torch.Generator) -> None:
-    x, y = related(draw)
-    shifted = value(x + 100 * x.std() * torch.sign(torch.randn(24, generator=draw)), y - 100 * y.std())
-    assert abs(shifted - value(x, y)) <= 1e-5
-
-
-def test_the_order_of_rows_changes_nothing(draw: torch.Generator) -> None:
-    x, y = related(draw)
-    order = torch.randperm(len(x), generator=draw)
-    assert value(x[order], y[order], dealt(len(x))[order]) == pytest.approx(value(x, y), abs=1e-6)
-
-
-def test_stretching_single_channels_does_change_it(draw: torch.Generator) -> None:
-    x, y = related(draw)
-    stretched = value(x * torch.logspace(-1, 1, 24), y)
-    assert abs(stretched - value(x, y)) > 0.1
-
-
-def test_a_model_is_perfectly_aligned_with_itself(draw: torch.Generator) -> None:
-    layers = [torch.randn(200, width, generator=draw) for width in (8, 16, 300)]
-    found = cka.matrix(cka.products(layers, layers, dealt(200)))
-    assert np.diag(found) == pytest.approx(1.0, abs=1e-6)
-    assert found == pytest.approx(found.T, abs=1e-6)
-
-
-def test_every_layer_pair_is_what_it_is_alone(draw: torch.Generator) -> None:
-    x, y = related(draw)
-    wide = torch.randn(400, 100, generator=draw)
-    found = cka.matrix(cka.products([x, wide], [y, x, wide], dealt(400)))
-    assert found.shape == (2, 3)
-    assert found[0, 0] == pytest.approx(value(x, y), abs=1e-7)
-    assert found[1, 1] == pytest.approx(value(wide, x), abs=1e-7)
-
-
-def test_independent_states_wider_than_many_have_no_alignment(draw: torch.Generator) -> None:
-    """Where biased CKA says 0.98: 32 rows of 1024 independent channels."""
-    found = [
-        value(*torch.randn(2, 32, 1024, generator=draw), groups_N=torch.arange(32) % 8) for _ in range(100)
-    ]
-    assert abs(np.mean(found)) < 3 * np.std(found) / 10
-    assert min(found) < 0 < max(found)
-
-
-def clustered(
-    draw: torch.Generator, sequences: int, tokens: int, width: int, shared: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens around a topic of their sequence, in both models; `shared` of the topics is the same in both.
-
-    The truth over tokens of different sequences is ‖Cov(x, y)‖² / (‖Cov(x)‖ ‖Cov(y)‖).
-    """
-    topic_x, other = 2 * torch.randn(2, sequences, 1, width, generator=draw)
-    topic_y = shared * topic_x + math.sqrt(1 - shared**2) * other
-    noise_x, noise_y = torch.randn(2, sequences, tokens, width, generator=draw)
-    sequence_N = torch.arange(sequences).repeat_interleave(tokens)
-    return (topic_x + noise_x).flatten(0, 1), (topic_y + noise_y).flatten(0, 1), sequence_N
-
-
-def clustered_truth(shared: float) -> float:
-    return (4 * shared) ** 2 / 25
-
-
-def test_tokens_of_one_text_are_no_agreement(draw: torch.Generator) -> None:
-    """Models that group tokens by text but share no topic: the literature's estimator gives them credit."""
-    x, y, sequence_N = clustered(draw, sequences=96, tokens=8, width=24, shared=0.0)
-    found = interval(x, y, sequence_N % 16)
-    assert abs(found.value) < 3 * found.se
-    assert song_debiased(x, y) > found.value + 3 * found.se
-
-
-def test_few_texts_are_no_agreement_either(draw: torch.Generator) -> None:
-    """Sixteen texts on unrelated topics: centring by the mean of so few must not tie them together."""
+def texts(batches: int = 24, size: int = 6, length: int = 20, fill: int = 0) -> list[Batch]:
+    """Random texts of differing lengths, padded on the right with `fill`."""
+    draw = torch.Generator().manual_seed(3)
     found = []
-    for _ in range(40):
-        x, y, sequence_N = clustered(draw, sequences=16, tokens=4, width=128, shared=0.0)
-        found.append(value(x, y, sequence_N))
-    assert abs(np.mean(found)) < 3 * np.std(found) / math.sqrt(40)
+    for _ in range(batches):
+        ids = torch.randint(4, VOCABULARY, (size, length), generator=draw)
+        ends = torch.randint(length // 2, length + 1, (size, 1), generator=draw)
+        mask = (torch.arange(length) < ends).long()
+        found.append({"input_ids": ids * mask + fill * (1 - mask), "attention_mask": mask})
+    return found
 
 
-def test_clustered_tokens_are_scored_by_what_their_topics_share(draw: torch.Generator) -> None:
-    x, y, sequence_N = clustered(draw, sequences=320, tokens=8, width=6, shared=0.8)
-    found = interval(x, y, sequence_N % 16)
-    assert abs(found.value - clustered_truth(0.8)) < 3 * found.se
+@pytest.fixture(scope="module")
+def found(student: PreTrainedModel, teacher: PreTrainedModel) -> cka.Alignment:
+    return cka.align(student, teacher, texts(), groups=8)
 
 
-def test_the_jackknife_interval_covers_the_truth_of_clustered_data(draw: torch.Generator) -> None:
-    covered = 0
-    for _ in range(300):
-        x, y, sequence_N = clustered(draw, sequences=64, tokens=4, width=4, shared=0.8)
-        found = interval(x, y, sequence_N % 16)
-        covered += found.low <= clustered_truth(0.8) <= found.high
-    assert 0.88 <= covered / 300 <= 0.99
+def test_a_model_is_perfectly_aligned_with_itself(teacher: PreTrainedModel) -> None:
+    same = cka.align(teacher, teacher, texts(), groups=8)
+    assert np.diag(same.matrix) == pytest.approx(1.0, abs=1e-6)
+    assert same.ceiling == pytest.approx([1.0] * 4, abs=1e-3)
+    assert max(map(abs, same.floor)) < 0.2
+    assert [row.relative_l2 for row in same.geometry] == [0.0] * 4
+    assert [row.cosine for row in same.geometry] == pytest.approx([1.0] * 4)
 
 
-def test_the_jackknife_is_its_formula() -> None:
-    """For the mean of G values the jackknife's standard error is s / √G, exactly."""
-    values = np.array([1.0, 2.0, 4.0, 8.0, 16.0])
-    found = cka.jackknife(values.mean(), [np.delete(values, g).mean() for g in range(5)], 2.5)
-    assert found.se == pytest.approx(values.std(ddof=1) / math.sqrt(5))
-    assert (found.low, found.high) == pytest.approx((6.2 - 2.5 * found.se, 6.2 + 2.5 * found.se))
+def test_a_damaged_model_lies_between_floor_and_ceiling(found: cka.Alignment) -> None:
+    for interval, ceiling, floor in zip(found.diagonal, found.ceiling, found.floor, strict=True):
+        assert floor < interval.low < interval.value < interval.high
+        assert interval.value < ceiling
+        assert 0 < interval.se < 0.1
+    relative = [row.relative_l2 for row in found.geometry]
+    assert relative == sorted(relative)
+    assert found.problems == ()
 
 
-def test_leaving_a_group_out_is_computing_without_its_rows(draw: torch.Generator) -> None:
-    """Where every group's mean is the overall mean, centring is the same and so is the value, to 1e-6."""
-    x, y = related(draw)
-    groups_N = dealt(400, 8)
-    for side in (x, y):
-        for group in range(8):
-            side[groups_N == group] -= side[groups_N == group].mean(0)
-    stay = groups_N != 7
-    left_out = cka.products([x], [y], groups_N).without(7)
-    assert left_out.groups == 7
-    assert cka.matrix(left_out)[0, 0] == pytest.approx(value(x[stay], y[stay], groups_N[stay]), abs=1e-6)
+def test_its_diagonal_and_intervals_are_entries_of_its_matrix(found: cka.Alignment) -> None:
+    assert [interval.value for interval in found.diagonal] == list(np.diag(found.matrix))
+    assert found.interval(-1, 0).value == found.matrix[-1, 0]
 
 
-def test_leaving_a_group_out_is_close_to_computing_anew_on_any_data(draw: torch.Generator) -> None:
-    """The centre is not taken anew: that moves the value far less than leaving the group out does."""
-    x, y = related(draw)
-    groups_N = dealt(400, 8)
-    stay = groups_N != 3
-    left_out = float(cka.matrix(cka.products([x], [y], groups_N).without(3))[0, 0])
-    anew = value(x[stay], y[stay], groups_N[stay] - (groups_N[stay] > 3).long())
-    assert left_out == pytest.approx(anew, abs=2e-3)
+def test_what_stands_in_the_padding_changes_nothing(
+    student: PreTrainedModel, teacher: PreTrainedModel, found: cka.Alignment
+) -> None:
+    other = cka.align(student, teacher, texts(fill=VOCABULARY - 1), groups=8)
+    assert np.array_equal(other.matrix, found.matrix)
 
 
-def test_constant_states_have_no_alignment_rather_than_a_wrong_one(draw: torch.Generator) -> None:
-    x, _ = related(draw)
-    assert math.isnan(value(torch.full_like(x, 3.0), x))
+def test_a_pilot_is_run_twice_and_counted_once(found: cka.Alignment) -> None:
+    lengths = torch.cat([batch["attention_mask"].sum(1) for batch in texts()])
+    assert found.texts == len(lengths) == 144
+    assert found.tokens + found.dropped_first + found.dropped_outliers == int(lengths.sum())
+    assert found.dropped_first == 144
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-def test_fewer_than_three_groups_are_refused(groups: int, draw: torch.Generator) -> None:
-    x, y = related(draw)
-    with pytest.raises(ValueError, match="groups of sequences"):
-        cka.products([x], [y], dealt(400, groups))
+def test_no_more_tokens_of_a_text_are_taken_than_asked(
+    student: PreTrainedModel, teacher: PreTrainedModel
+) -> None:
+    few = cka.align(student, teacher, texts(), tokens=3, groups=8, controls=False)
+    assert few.tokens + few.dropped_first + few.dropped_outliers == 3 * few.texts
+    assert few.ceiling is None
+    assert few.floor is None
 
 
-def test_states_of_other_positions_are_refused(draw: torch.Generator) -> None:
-    x, y = related(draw)
-    with pytest.raises(ValueError, match="same positions"):
-        cka.products([x], [y[1:]], dealt(400))
+def test_the_seed_alone_chooses_the_tokens(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    first, again, other = (
+        cka.align(student, teacher, texts(), tokens=3, seed=seed, controls=False) for seed in (0, 0, 1)
+    )
+    assert first.to_json() == again.to_json()
+    assert first.positions_sha256 == again.positions_sha256 != other.positions_sha256
+
+
+def test_a_completion_alone_can_count(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    batches = [batch | {"completion_mask": batch["attention_mask"].roll(4, 1)} for batch in texts()]
+    for batch in batches:
+        batch["completion_mask"][:, :4] = 0
+    part = cka.align(student, teacher, batches, groups=8, controls=False)
+    counted = sum(int((b["attention_mask"] * b["completion_mask"]).sum()) for b in batches)
+    assert part.tokens + part.dropped_outliers == counted
+    assert part.dropped_first == 0
+
+
+def test_massive_activations_decide_nothing_once_dropped(teacher: PreTrainedModel) -> None:
+    """Unrelated models that both blow up at one word: with it they look alike, without it they do not."""
+    models = [llama(seed=11), llama(seed=12)]
+    with torch.no_grad():
+        for model in models:
+            model.get_input_embeddings().weight[WORD] = 400.0
+    batches = texts()
+    for batch in batches:
+        batch["input_ids"][:, 5] = WORD
+    found = cka.align(*models, batches, groups=8, controls=False)
+    assert found.dropped_outliers >= found.texts
+    assert min(found.with_outliers) > 0.9
+    assert max(interval.value for interval in found.diagonal) < 0.5
+
+
+def test_models_of_other_depth_need_to_be_told_which_layers_correspond(teacher: PreTrainedModel) -> None:
+    shallow = llama(layers=2)
+    with pytest.raises(ValueError, match="give a layer_map"):
+        cka.align(shallow, teacher, texts())
+    found = cka.align(shallow, teacher, texts(), layer_map=[(0, 0), (1, 1), (2, 3)], groups=8)
+    assert found.matrix.shape == (3, 4)
+    assert found.diagonal[2].value == found.matrix[2, 3]
+    with pytest.raises(ValueError, match="layers below 3 and 4"):
+        cka.align(shallow, teacher, texts(), layer_map=[(3, 3)])
+
+
+def test_models_of_other_width_have_no_distance_in_a_shared_basis(teacher: PreTrainedModel) -> None:
+    found = cka.align(llama(width=32), teacher, texts(), groups=8)
+    assert found.matrix.shape == (4, 4)
+    assert all(math.isnan(row.relative_l2) and row.teacher_norm > 0 for row in found.geometry)
+
+
+def test_an_adapter_on_the_student_is_seen(teacher: PreTrainedModel) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    adapted = get_peft_model(llama(), config).eval()
+    found = cka.align(adapted, teacher, texts(), groups=8, controls=False)
+    assert found.diagonal[0].value == pytest.approx(1.0, abs=1e-6)
+    assert found.diagonal[-1].value < 0.999
+
+
+def test_other_families_are_read_too() -> None:
+    torch.manual_seed(0)
+    shape = GPT2Config(vocab_size=VOCABULARY, n_embd=24, n_layer=2, n_head=4, n_positions=64)
+    model = GPT2LMHeadModel(shape).eval()
+    found = cka.align(model, model, texts(), groups=8, controls=False)
+    assert np.diag(found.matrix) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_layers_that_do_not_vary_are_undefined_and_say_so(teacher: PreTrainedModel) -> None:
+    dull = llama()
+    with torch.no_grad():
+        dull.get_input_embeddings().weight.fill_(1.0)
+    found = cka.align(dull, teacher, texts(), groups=8, controls=False)
+    assert math.isnan(found.matrix[0, 0])
+    assert "undefined for the student's layers 0" in " ".join(found.problems)
+    assert json.loads(found.to_json())["layers"][0]["cka"] is None
+
+
+def test_few_texts_are_named_as_a_problem(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    found = cka.align(student, teacher, texts(batches=3))
+    assert ["intervals need" in found.problems[0], "from 18 texts" in found.problems[1]] == [True, True]
+    assert math.isnan(found.diagonal[0].se)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"input_ids": torch.ones(1, 4, dtype=torch.long)}, "B of 2 or more"),
+        (
+            {"input_ids": torch.ones(2, 4, dtype=torch.long), "attention_mask": torch.ones(2, 3)},
+            "masks of that shape",
+        ),
+    ],
+)
+def test_a_batch_that_cannot_be_compared_is_refused(
+    batch: Batch, message: str, teacher: PreTrainedModel
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        cka.align(teacher, teacher, [batch])
+
+
+def test_nothing_is_left_on_the_models_after_an_error(
+    student: PreTrainedModel, teacher: PreTrainedModel
+) -> None:
+    def broken() -> Iterator[Batch]:
+        yield from texts(batches=1)
+        yield {"input_ids": torch.full((2, 4), VOCABULARY)}
+
+    with pytest.raises(IndexError):
+        cka.align(student, teacher, broken())
+    for model in (student, teacher):
+        for module in model.modules():
+            assert not module._forward_hooks
+            assert not module._forward_pre_hooks
+    with pytest.raises(ValueError, match="no batch"):
+        cka.align(student, teacher, [])
+
+
+def test_progress_is_told_text_by_text(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    told: list[int] = []
+    cka.align(student, teacher, texts(batches=4), controls=False, tick=told.append)
+    assert told == [6, 12, 18, 24]
+
+
+def test_it_is_written_as_json_csv_and_pictures(found: cka.Alignment, tmp_path: Path) -> None:
+    content = json.loads(found.to_json())
+    rows = list(csv.DictReader(io.StringIO(found.to_csv())))
+    assert [float(row["cka"]) for row in rows] == [row["cka"] for row in content["layers"]]
+    assert np.array(content["matrix"]).shape == (4, 4)
+    for name, start in (("a.png", b"\x89PNG"), ("a.svg", b"<?xml")):
+        found.plot(tmp_path / name)
+        assert (tmp_path / name).read_bytes().startswith(start)
+    assert "student" in (tmp_path / "a.svg").read_text()
+
+
+@pytest.mark.parametrize("changed", [lambda x: 1e4 * x, lambda x: 1e-4 * x, lambda x: x + 50.0])
+def test_scale_and_shift_of_a_model_change_nothing(
+    changed: Callable[[Tensor], Tensor], found: cka.Alignment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Applied to every state that is read of the student."""
+    from recoup_ml import paired_states
+
+    student, teacher = llama(seed=5), llama()
+    plain = cka.align(student, teacher, texts(), groups=8, controls=False).matrix
+    read = paired_states.read
+
+    def moved(model: PreTrainedModel, chosen: paired_states.Chosen) -> list[Tensor]:
+        return [changed(state) for state in read(model, chosen)] if model is student else read(model, chosen)
+
+    monkeypatch.setattr(cka, "read", moved)
+    other = cka.align(student, teacher, texts(), groups=8, controls=False).matrix
+    np.testing.assert_allclose(other, plain, atol=1e-4)

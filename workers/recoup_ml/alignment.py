@@ -16,12 +16,10 @@ import torch
 from torch import Tensor
 
 from recoup.schemas import Alignment, AlignmentState, Estimate
-from recoup_ml import cka
+from recoup_ml import cka, hsic
 from recoup_ml.sequences import Answered
 
 GROUPS = 16
-T_975 = (2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-"""Student's t, 97.5 %, for 5 to 16 groups."""
 OUTLIER = 10.0
 ESTIMATOR = "linear CKA, debiased: pairs across groups of sequences; jackknife over groups"
 
@@ -79,10 +77,10 @@ def align(states: States, positions: Positions, layer_map: Sequence[tuple[int, i
     teacher, student, rounded = (_rows(x, stay_N) for x in (states.teacher, states.before, states.ceiling))
     shuffled_N = torch.from_numpy(np.random.default_rng(seed).permutation(len(groups_N)))
     own_layers = [(column, column) for _, column in layer_map]
-    before = cka.products(student, teacher, groups_N)
-    after = states.after and cka.products(_rows(states.after, stay_N), teacher, groups_N)
-    ceiling = cka.products(rounded, teacher, groups_N)
-    floor = cka.products(_rows(student, shuffled_N), teacher, groups_N)
+    before = hsic.products(student, teacher, groups_N)
+    after = states.after and hsic.products(_rows(states.after, stay_N), teacher, groups_N)
+    ceiling = hsic.products(rounded, teacher, groups_N)
+    floor = hsic.products(_rows(student, shuffled_N), teacher, groups_N)
     headroom = _Headroom(before, after, ceiling) if after else None
     return Alignment(
         estimator=ESTIMATOR,
@@ -103,16 +101,42 @@ def align(states: States, positions: Positions, layer_map: Sequence[tuple[int, i
     )
 
 
+def shown(found: cka.Alignment) -> Alignment:
+    """Two models that were compared outside a recovery, as a report has it."""
+    nothing = (math.nan,) * len(found.layer_map)
+    rows, columns = found.matrix.shape
+    return Alignment(
+        estimator=cka.ESTIMATOR,
+        student_layers=_names(rows),
+        teacher_layers=_names(columns),
+        layer_map=list(found.layer_map),
+        positions=found.tokens,
+        sequences=found.texts,
+        groups=found.sums.products().groups,
+        dropped_outliers=found.dropped_outliers,
+        positions_sha256=found.positions_sha256,
+        before=AlignmentState(
+            matrix=[[_finite(value) for value in row] for row in found.matrix],
+            diagonal=[_estimate(interval) for interval in found.diagonal],
+        ),
+        after=None,
+        ceiling=[_finite(value) for value in found.ceiling or nothing],
+        floor=[_finite(value) for value in found.floor or nothing],
+        headroom_recovered_last=None,
+        headroom_recovered_mean=None,
+    )
+
+
 @dataclass(frozen=True)
 class _Headroom:
-    before: cka.Products
-    after: cka.Products
-    ceiling: cka.Products
+    before: hsic.Products
+    after: hsic.Products
+    ceiling: hsic.Products
 
     def recovered(self, layer_map: Sequence[tuple[int, int]]) -> Estimate:
         """Share of the headroom won, mean CKA over `layer_map`, with its jackknife interval."""
         left_out = [self._without(group).share(layer_map) for group in range(self.before.groups)]
-        return _estimate(cka.jackknife(self.share(layer_map), left_out, T_975[self.before.groups - 5]))
+        return _estimate(hsic.jackknife(self.share(layer_map), left_out, hsic.t_975(self.before.groups - 1)))
 
     def share(self, layer_map: Sequence[tuple[int, int]]) -> float:
         """(after - before) / (ceiling - before)."""
@@ -141,18 +165,18 @@ def _names(count: int) -> list[str]:
     return ["embeddings", *(f"block {index}" for index in range(count - 1))]
 
 
-def _diagonal(sums: cka.Products, layer_map: Sequence[tuple[int, int]]) -> cka.Array:
+def _diagonal(sums: hsic.Products, layer_map: Sequence[tuple[int, int]]) -> hsic.Array:
     rows, columns = zip(*layer_map, strict=True)
-    return cka.matrix(sums)[list(rows), list(columns)]
+    return hsic.matrix(sums)[list(rows), list(columns)]
 
 
-def _state(sums: cka.Products, layer_map: Sequence[tuple[int, int]]) -> AlignmentState:
+def _state(sums: hsic.Products, layer_map: Sequence[tuple[int, int]]) -> AlignmentState:
     left_out = np.array([_diagonal(sums.without(group), layer_map) for group in range(sums.groups)])
     intervals = [
-        cka.jackknife(float(value), left_out[:, index].tolist(), T_975[sums.groups - 5])
+        hsic.jackknife(float(value), left_out[:, index].tolist(), hsic.t_975(sums.groups - 1))
         for index, value in enumerate(_diagonal(sums, layer_map))
     ]
-    matrix = [[_finite(value) for value in row] for row in cka.matrix(sums)]
+    matrix = [[_finite(value) for value in row] for row in hsic.matrix(sums)]
     return AlignmentState(matrix=matrix, diagonal=[_estimate(interval) for interval in intervals])
 
 
@@ -160,7 +184,7 @@ def _finite(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _estimate(interval: cka.Interval) -> Estimate | None:
+def _estimate(interval: hsic.Interval) -> Estimate | None:
     if not np.isfinite(interval.value):
         return None
     return Estimate(value=interval.value, low=_finite(interval.low), high=_finite(interval.high))

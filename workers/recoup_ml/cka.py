@@ -1,182 +1,343 @@
-"""Centered Kernel Alignment of two models' hidden states, without bias from small samples.
+"""How alike two language models are inside, layer by layer, on the same text.
 
-Linear CKA compares two sets of activations of the same tokens by their Gram matrices
-(Kornblith et al. 2019, arXiv 1905.00414):  HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)),  K = X X', L = Y Y'.
-Taken over all entries it tends to 1 as width grows over samples, and tokens of one text, which
-resemble each other, count as agreement. Here HSIC is its U-statistic (Song et al. 2012, HSIC_1) with
-"different rows" read as "rows of different *groups of whole sequences*":
+    from recoup_ml import cka
 
-    HSIC = E k(a,b) l(a,b) - 2 E k(a,b) l(a,c) + E k(a,b) l(c,d),    a, b, c, d from four groups
+    found = cka.align(student, teacher, batches)      # batches: what a tokenizer returns, as tensors
+    found.matrix                                      # [student layers, teacher layers], embeddings first
+    found.interval(-1, -1)                            # value, low, high and standard error
+    found.plot("alignment.svg")
 
-No diagonal and no pair inside a text, so no credit for sharing one; the second and third term are
-what centring stands for, so a mean over few texts ties nothing together. With a row a group it is
-the debiased CKA of the literature. Deleting one group at a time gives its jackknife interval.
+Linear CKA without the errors that it usually has on language models: padding and first positions count
+nowhere, positions with massive activations are dropped from every layer of both models (Sun et al. 2024,
+arXiv 2402.17762), tokens of one text are never compared with each other, states are centred before
+they are rounded, and every value has a standard error, by leaving out groups of texts. Nothing is
+clamped: what is undefined is NaN, and `problems` says why. Memory does not grow with the text.
 
-States are shifted by their mean and scaled to unit size in float32 before any product (uncentred
-float32 returns 1.0 for a truth of 0.80); sums are kept in float64. Nothing is clamped: an estimate may
-be below 0 or above 1, and is NaN where a self-product is not positive. CKA does not change under
-rotation, scale or shift of either side.
-
-This module computes; which positions enter is `alignment.py`'s business.
-
-Axes: L and M layers of either model, N rows, G groups, P pairs of groups.
+Axes: B texts of a batch, T token positions, N chosen tokens, D width, L layers with the embeddings.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import csv
+import hashlib
+import io
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
+from transformers import PreTrainedModel
 
-Array = NDArray[np.float64]
+from recoup_ml import hsic, models
+from recoup_ml.geometry import Geometry, GeometrySums
+from recoup_ml.hidden import decoder_blocks
+from recoup_ml.hsic import Array, Interval, Products
+from recoup_ml.hsic_sums import Batch, Sums, batch_sums
+from recoup_ml.paired_states import Chosen, Frame, Pilot, choose, read
 
-
-@dataclass(frozen=True)
-class Products:
-    """HSIC of all layer pairs: first without each group in turn, last over all groups."""
-
-    xy_KLM: Array
-    xx_KL: Array
-    yy_KM: Array
-    groups: int
-
-    def without(self, group: int) -> "Products":
-        """What is left when the rows of one group are taken out."""
-        only = slice(group, group + 1)
-        return Products(self.xy_KLM[only], self.xx_KL[only], self.yy_KM[only], self.groups - 1)
+Tokens = Mapping[str, Tensor]
+"""`input_ids` [B, T]; `attention_mask` where there is padding; `completion_mask` where only part counts."""
+LayerMap = Sequence[tuple[int, int]]
+ESTIMATOR = "linear CKA over tokens of different texts, fixed centre; jackknife over groups of texts"
+FEW_TEXTS, FEWEST_GROUPS = 64, 5
 
 
 @dataclass(frozen=True)
-class Interval:
-    """A value with its jackknife standard error and 95 % interval."""
+class Alignment:
+    """Two models compared. Layers count from the embeddings, 0; the last is -1."""
 
-    value: float
-    low: float
-    high: float
-    se: float
+    sums: Sums
+    layer_map: tuple[tuple[int, int], ...]
+    """(student, teacher) layers that correspond."""
+    texts: int
+    tokens: int
+    dropped_first: int
+    """Tokens left out as the first of their text."""
+    dropped_outliers: int
+    """Tokens left out for a massive activation in any layer of either model."""
+    geometry: tuple[Geometry, ...]
+    """Of corresponding layers: how far apart their states are, in the basis that the two share."""
+    ceiling: tuple[float, ...] | None
+    """Of corresponding layers: the teacher with itself after a round trip through bfloat16."""
+    floor: tuple[float, ...] | None
+    """Of corresponding layers: with the states of other tokens."""
+    problems: tuple[str, ...]
+    positions_sha256: str
+    """Of which tokens of which texts were compared."""
+
+    @property
+    def matrix(self) -> Array:
+        """CKA of every student layer with every teacher layer; NaN where a self-product is not positive."""
+        return hsic.matrix(self.sums.products())
+
+    def interval(self, student: int, teacher: int) -> Interval:
+        """One entry of the matrix with its standard error and 95 % interval."""
+        return _interval(self.sums.products(), student, teacher)
+
+    @property
+    def diagonal(self) -> list[Interval]:
+        """Of corresponding layers."""
+        products = self.sums.products()
+        return [_interval(products, student, teacher) for student, teacher in self.layer_map]
+
+    @property
+    def with_outliers(self) -> list[float]:
+        """Of corresponding layers: what CKA would be if no token had been dropped."""
+        return [float(value) for value in np.diag(hsic.matrix(self.sums.products_with_all()))]
+
+    def rows(self) -> list[dict[str, float | int]]:
+        """A row for each pair of corresponding layers: all that is known of it."""
+        controls = [
+            {"ceiling": _at(self.ceiling, index), "floor": _at(self.floor, index)}
+            for index in range(len(self.layer_map))
+        ]
+        return [
+            {"student": student, "teacher": teacher, "cka": found.value, "low": found.low, "high": found.high}
+            | {"se": found.se, "with_outliers": outliers}
+            | control
+            | vars(geometry)
+            for (student, teacher), found, outliers, control, geometry in zip(
+                self.layer_map, self.diagonal, self.with_outliers, controls, self.geometry, strict=True
+            )
+        ]
+
+    def to_json(self) -> str:
+        """Everything; null where a number is undefined."""
+        counts = {
+            name: getattr(self, name) for name in ("texts", "tokens", "dropped_first", "dropped_outliers")
+        }
+        content = {"estimator": ESTIMATOR, **counts, "problems": self.problems}
+        return json.dumps(
+            content
+            | {"layers": [_finite(row) for row in self.rows()]}
+            | {"matrix": [[value if math.isfinite(value) else None for value in row] for row in self.matrix]},
+            indent=1,
+        )
+
+    def to_csv(self) -> str:
+        """The rows of corresponding layers."""
+        buffer, rows = io.StringIO(), self.rows()
+        writer = csv.DictWriter(buffer, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return buffer.getvalue()
+
+    def plot(self, path: str | Path) -> None:
+        """Heat map of all layer pairs and curve of corresponding ones, as PNG or SVG by the path's suffix."""
+        from recoup_ml import alignment, plots  # they are heavy, and know this module
+
+        picture = alignment.shown(self)
+        if Path(path).suffix == ".svg":
+            Path(path).write_text(plots.alignment_svg(picture), "utf-8")
+        else:
+            Path(path).write_bytes(plots.alignment_png(picture))
 
 
-def products(x: Sequence[Tensor], y: Sequence[Tensor], groups_N: Tensor) -> Products:
-    """HSIC of all layer pairs of two models.
+def align(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    batches: Iterable[Tokens],
+    *,
+    layer_map: LayerMap | None = None,
+    tokens: int = 32,
+    pilot: int = 256,
+    groups: int = 32,
+    controls: bool = True,
+    seed: int = 0,
+    tick: Callable[[int], None] = lambda _texts: None,
+) -> Alignment:
+    """Runs both models over the batches and compares their residual streams.
 
     Args:
-        x, y: one [N, D] tensor a layer, the same N positions in both; widths and depths may differ.
-        groups_N: the group of each position, 0..G-1; all positions of a sequence share one.
+        batches: each of two texts or more, in random order: texts of one batch are compared with
+            each other. The first ones are run twice.
+        layer_map: corresponding (student, teacher) layers, embeddings 0; by default the same numbers.
+        tokens: of each text, chosen at random; what is dropped is dropped from these.
+        pilot: texts that a layer's centre and ordinary norm are taken from.
+        groups: of the jackknife; each batch goes whole into one.
+        controls: also measure ceiling and floor, for a third run and the memory of a third model.
+        tick: told how many texts are done.
 
     Raises:
-        ValueError: fewer than 5 groups (four, and one to leave out), or states that do not match.
+        ValueError: no batch, a batch of one text, or models of different depth without a layer map.
+        UnsupportedModel: a model's decoder blocks cannot be found.
     """
-    sizes_G = torch.bincount(groups_N)
-    if len(sizes_G) < 5 or {len(layer) for layer in (*x, *y)} != {len(groups_N)}:
-        raise ValueError("CKA needs the same positions in every layer, from at least 5 groups of sequences.")
-    order = groups_N.argsort(stable=True)
-    first, second = (_side([layer[order] for layer in layers], sizes_G) for layers in (x, y))
-    xy, xx, yy = (
-        _jackknifed(*sides, sizes_G) for sides in ((first, second), (first, first), (second, second))
-    )
-    return Products(xy, _diagonals(xx), _diagonals(yy), len(sizes_G))
-
-
-def matrix(sums: Products) -> Array:
-    """CKA of every layer pair, [L, M]; NaN where a self-product is not positive."""
-    xx_L, yy_M = sums.xx_KL[-1], sums.yy_KM[-1]
-    norm_LM = np.sqrt(np.outer(np.where(xx_L > 0, xx_L, np.nan), np.where(yy_M > 0, yy_M, np.nan)))
-    return np.asarray(sums.xy_KLM[-1] / norm_LM, dtype=np.float64)
-
-
-def jackknife(value: float, leave_one_out: Sequence[float], t_quantile: float = 2.0) -> Interval:
-    """Delete-one-group jackknife: se² = (G-1)/G Σ (θ_g - θ̄)²; a group owns its sequences.
-
-    `t_quantile` is Student's t at 97.5 % with G - 1 degrees of freedom (2.04 at 32, 2.13 at 16).
-    """
-    thetas = np.asarray(leave_one_out)
-    g = len(thetas)
-    se = float(np.sqrt((g - 1) / g * np.square(thetas - thetas.mean()).sum()))
-    return Interval(value, value - t_quantile * se, value + t_quantile * se, se)
+    mapped = _layer_map(student, teacher, layer_map)
+    draw = torch.Generator().manual_seed(seed)
+    supply = (choose(batch, tokens, draw) for batch in batches)
+    trio = _Trio(student, teacher, _rounded(teacher) if controls else None)
+    first, frames = _pilot(trio, supply, pilot)
+    tally = _Tally(frames, mapped, groups)
+    for index, chosen in enumerate(chain(first, supply)):
+        tally.add(chosen, trio, index % groups)
+        tick(tally.texts)
+    return tally.alignment(pilot)
 
 
 @dataclass(frozen=True)
-class _Side:
-    """One model's layers, cut into groups, and the sums of their kernel over rows of a group."""
-
-    parts: list[tuple[Tensor, ...]]
-    row_LNG: Tensor
-    """Σ_b k(row, b) over the rows b of each group; 0 for the row's own."""
-    block_LGG: Tensor
-    """Σ_ab k(a, b) over the rows of two groups; 0 on the diagonal."""
+class _Trio:
+    student: PreTrainedModel
+    teacher: PreTrainedModel
+    rounded: PreTrainedModel | None
+    """The teacher after a round trip through bfloat16."""
 
 
-def _side(layers: Sequence[Tensor], sizes_G: Tensor) -> _Side:
-    parts = [_scaled(layer).split(sizes_G.tolist()) for layer in layers]
-    own_NG = torch.nn.functional.one_hot(torch.arange(len(sizes_G)).repeat_interleave(sizes_G)).bool()
-    sums_LGD = [torch.stack([part.double().sum(0) for part in layer]) for layer in parts]
-    row_LNG = torch.stack([torch.cat(p).double() @ s.T for p, s in zip(parts, sums_LGD, strict=True)])
-    block_LGG = torch.stack([(s @ s.T).fill_diagonal_(0.0) for s in sums_LGD])
-    return _Side(parts, row_LNG.masked_fill(own_NG, 0.0), block_LGG)
+@dataclass(frozen=True)
+class _Frames:
+    student: Frame
+    teacher: Frame
 
 
-def _scaled(layer: Tensor) -> Tensor:
-    centred = layer.float() - layer.double().mean(0).float()
-    return centred / (float(centred.double().square().mean().sqrt()) or 1.0)
+def _pilot(trio: _Trio, supply: Iterable[Chosen], texts: int) -> tuple[list[Chosen], _Frames]:
+    """The first batches, which hold at least so many texts if there are as many, and the frames from them."""
+    first: list[Chosen] = []
+    mine, theirs = Pilot(), Pilot()
+    for chosen in supply:
+        first.append(chosen)
+        mine.add(read(trio.student, chosen))
+        theirs.add(read(trio.teacher, chosen))
+        if sum(batch.texts for batch in first) >= texts:
+            break
+    if not first:
+        raise ValueError("There is no batch to compare the models on.")
+    return first, _Frames(mine.frame(), theirs.frame())
 
 
-def _jackknifed(x: _Side, y: _Side, sizes_G: Tensor) -> Array:
-    """HSIC without each group in turn, and over all groups: [G + 1, L, M]."""
-    pairs = _pairs(x, y)
-    return np.array([_hsic(x, y, pairs, sizes_G, left_out) for left_out in [*range(len(sizes_G)), None]])
+@dataclass
+class _Tally:
+    """All that is added up over the batches."""
+
+    frames: _Frames
+    layer_map: tuple[tuple[int, int], ...]
+    groups: int
+    texts: int = 0
+    tokens: int = 0
+    first: int = 0
+    outliers: int = 0
+    _sums: Sums | None = None
+    _ceiling: Sums | None = None
+    _floor: Sums | None = None
+    _geometry: list[GeometrySums] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._geometry = [GeometrySums() for _ in self.layer_map]
+        self._hash = hashlib.sha256()
+        self._draw = torch.Generator().manual_seed(0)
+
+    def add(self, chosen: Chosen, trio: _Trio, group: int) -> None:
+        mine, theirs = read(trio.student, chosen), read(trio.teacher, chosen)
+        device = theirs[0].device
+        mine = [state.to(device) for state in mine]
+        ordinary_N = self.frames.student.ordinary(mine) & self.frames.teacher.ordinary(theirs)
+        first_N = chosen.first_N.to(device)
+        kept_N = ordinary_N & ~first_N
+        self.texts += chosen.texts
+        self._hash.update(chosen.ids_BT.numpy().tobytes() + chosen.chosen_BT.numpy().tobytes())
+        self.tokens += int(kept_N.sum())
+        self.first += int(first_N.sum())
+        self.outliers += int((~ordinary_N & ~first_N).sum())
+        for (student, teacher), sums in zip(self.layer_map, self._geometry, strict=True):
+            sums.add(mine[student][kept_N], theirs[teacher][kept_N])
+        x, y = self.frames.student.placed(mine), self.frames.teacher.placed(theirs)
+        text_N = chosen.text_N.to(device)
+        self._sums = self._added(self._sums, Batch(x, y, text_N, kept_N), group)
+        if trio.rounded is not None:
+            again = [state.to(device) for state in read(trio.rounded, chosen)]
+            own = tuple((teacher, teacher) for _, teacher in self.layer_map)
+            z = self.frames.teacher.placed(again)
+            self._ceiling = self._added(self._ceiling, Batch(z, y, text_N, kept_N), group, own)
+            other_N = torch.randperm(len(text_N), generator=self._draw).to(device)
+            away = [state[other_N] for state in x]
+            both_N = kept_N & kept_N[other_N]
+            self._floor = self._added(self._floor, Batch(away, y, text_N, both_N), group)
+
+    def alignment(self, pilot: int) -> Alignment:
+        assert self._sums is not None
+        return Alignment(
+            sums=self._sums,
+            layer_map=self.layer_map,
+            texts=self.texts,
+            tokens=self.tokens,
+            dropped_first=self.first,
+            dropped_outliers=self.outliers,
+            geometry=tuple(sums.geometry() for sums in self._geometry),
+            ceiling=_control(self._ceiling, [(theirs, theirs) for _, theirs in self.layer_map]),
+            floor=_control(self._floor, self.layer_map),
+            positions_sha256=self._hash.hexdigest(),
+            problems=tuple(_problems(self._sums.products(), self.layer_map, min(pilot, self.texts))),
+        )
+
+    def _added(self, sums: Sums | None, batch: Batch, group: int, layer_map: LayerMap = ()) -> Sums:
+        found = batch_sums(batch, layer_map or self.layer_map, group, self.groups)
+        return found if sums is None else sums + found
 
 
-def _diagonals(hsic_KLL: Array) -> Array:
-    return np.diagonal(hsic_KLL, axis1=1, axis2=2)
+def _layer_map(
+    student: PreTrainedModel, teacher: PreTrainedModel, given: LayerMap | None
+) -> tuple[tuple[int, int], ...]:
+    depths = len(decoder_blocks(student)) + 1, len(decoder_blocks(teacher)) + 1
+    if given is None:
+        if depths[0] != depths[1]:
+            raise ValueError(
+                f"The student has {depths[0]} layers with its embeddings, the teacher {depths[1]}: give a "
+                "layer_map of those that correspond."
+            )
+        return tuple((layer, layer) for layer in range(depths[0]))
+    if not given or any(not (0 <= a < depths[0] and 0 <= b < depths[1]) for a, b in given):
+        raise ValueError(f"layer_map must name layers below {depths[0]} and {depths[1]}.")
+    return tuple((int(mine), int(theirs)) for mine, theirs in given)
 
 
-def _pairs(x: _Side, y: _Side) -> dict[tuple[int, int], Tensor]:
-    """Σ k(a, b) l(a, b) over the rows of each pair of groups, [L, M]."""
-    groups = x.row_LNG.shape[2]
-    found = {}
-    for a in range(groups):
-        for b in range(a + 1, groups):
-            grams_x = _grams(x.parts, a, b)
-            grams_y = grams_x if x is y else _grams(y.parts, a, b)
-            found[a, b] = (grams_x @ grams_y.T).double()
+def _rounded(teacher: PreTrainedModel) -> PreTrainedModel:
+    rounded = deepcopy(teacher)
+    models.round_to_bfloat16(rounded)
+    return rounded
+
+
+def _interval(products: Products, student: int, teacher: int) -> Interval:
+    """NaN around the value where fewer than five groups hold pairs."""
+    value = float(hsic.matrix(products)[student, teacher])
+    if products.groups < FEWEST_GROUPS:
+        return Interval(value, math.nan, math.nan, math.nan)
+    left_out = [
+        float(hsic.matrix(products.without(group))[student, teacher]) for group in range(products.groups)
+    ]
+    return hsic.jackknife(value, left_out, hsic.t_975(products.groups - 1))
+
+
+def _control(sums: Sums | None, layer_map: LayerMap) -> tuple[float, ...] | None:
+    if sums is None:
+        return None
+    matrix = hsic.matrix(sums.products())
+    return tuple(float(matrix[mine, theirs]) for mine, theirs in layer_map)
+
+
+def _problems(products: Products, layer_map: LayerMap, pilot: int) -> list[str]:
+    found = []
+    if products.groups < FEWEST_GROUPS:
+        found.append(
+            f"{products.groups} batches in groups of their own: intervals need {FEWEST_GROUPS} or more."
+        )
+    if pilot < FEW_TEXTS:
+        found.append(f"The centre of every layer comes from {pilot} texts alone, which ties tokens together.")
+    for name, own, layers in (
+        ("student", products.xx_KL[-1], [mine for mine, _ in layer_map]),
+        ("teacher", products.yy_KM[-1], [theirs for _, theirs in layer_map]),
+    ):
+        empty = [layer for layer in layers if not own[layer] > 0]
+        if empty:
+            listed = ", ".join(map(str, empty))
+            found.append(f"CKA is undefined for the {name}'s layers {listed}: their states do not vary.")
     return found
 
 
-def _grams(parts: Sequence[tuple[Tensor, ...]], a: int, b: int) -> Tensor:
-    """The Gram blocks between groups a and b, flattened: [L, m_a * m_b]."""
-    return torch.stack([(layer[a] @ layer[b].T).flatten() for layer in parts])
+def _at(values: tuple[float, ...] | None, index: int) -> float:
+    return math.nan if values is None else values[index]
 
 
-def _hsic(
-    x: _Side,
-    y: _Side,
-    pairs: dict[tuple[int, int], Tensor],
-    sizes_G: Tensor,
-    left_out: int | None,
-) -> Array:
-    """The three sums over rows of different groups, each divided by how many there are, [L, M]."""
-    stay = torch.tensor([group for group in range(len(sizes_G)) if group != left_out])
-    rows = torch.isin(torch.arange(len(sizes_G)).repeat_interleave(sizes_G), stay)
-    k_LNG, l_MNG = x.row_LNG[:, rows][:, :, stay], y.row_LNG[:, rows][:, :, stay]
-    k_LGG, l_MGG = (side.block_LGG[:, stay][:, :, stay] for side in (x, y))
-    two = 2 * torch.stack([value for pair, value in pairs.items() if left_out not in pair]).sum(0)
-    three = k_LNG.sum(2) @ l_MNG.sum(2).T - k_LNG.flatten(1) @ l_MNG.flatten(1).T
-    four = (
-        torch.outer(k_LGG.sum((1, 2)), l_MGG.sum((1, 2)))
-        - 4 * k_LGG.sum(2) @ l_MGG.sum(2).T
-        + 2 * k_LGG.flatten(1) @ l_MGG.flatten(1).T
-    )
-    n2, n3, n4 = _tuples(sizes_G[stay])
-    return (two / n2 - 2 * three / n3 + four / n4).numpy()
-
-
-def _tuples(sizes_G: Tensor) -> tuple[float, float, float]:
-    """How many ordered pairs, triples and quadruples of rows there are with every row in another group."""
-    p1, p2, p3, p4 = (float((sizes_G.double() ** power).sum()) for power in (1, 2, 3, 4))
-    return (
-        p1**2 - p2,
-        p1**3 - 3 * p1 * p2 + 2 * p3,
-        p1**4 - 6 * p1**2 * p2 + 3 * p2**2 + 8 * p1 * p3 - 6 * p4,
-    )
+def _finite(row: Mapping[str, float | int]) -> dict[str, float | int | None]:
+    return {name: value if math.isfinite(value) else None for name, value in row.items()}

@@ -14,17 +14,20 @@ from transformers import PreTrainedModel
 
 from recoup_ml.errors import UnsupportedModel
 
+CPU = torch.device("cpu")
+
 
 class Capture:
     """What the hooks of one `capture` block read. Set `positions_BT` before each forward pass."""
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, layers: int, device: torch.device) -> None:
         self.positions_BT: Tensor | None = None
+        self._device = device
         self._parts: list[list[Tensor]] = [[] for _ in range(layers)]
 
     def read(self, layer: int, hidden_BTD: Tensor) -> None:
         if self.positions_BT is not None:
-            self._parts[layer].append(hidden_BTD[self.positions_BT].detach().float().cpu())
+            self._parts[layer].append(hidden_BTD[self.positions_BT].detach().float().to(self._device))
 
     def states(self) -> list[Tensor]:
         """For every layer, embeddings first, the positions read so far: [N, D] float32."""
@@ -32,10 +35,13 @@ class Capture:
 
 
 @contextmanager
-def capture(model: PreTrainedModel) -> Iterator[Capture]:
-    """Reads the residual stream of `model` inside the block: before the first block and after each."""
+def capture(model: PreTrainedModel, device: torch.device = CPU) -> Iterator[Capture]:
+    """Reads the residual stream of `model` inside the block, before the first block and after each.
+
+    What is read is kept on `device`.
+    """
     blocks = decoder_blocks(model)
-    seen = Capture(len(blocks) + 1)
+    seen = Capture(len(blocks) + 1, device)
     first = blocks[0].register_forward_pre_hook(
         lambda _module, args, kwargs: seen.read(0, args[0] if args else kwargs["hidden_states"]),
         with_kwargs=True,

@@ -159,7 +159,7 @@ def _set_nats(values: list[float], axes: Axes) -> None:
 def _draw_diagonal(figure: Figure | SubFigure, alignment: Alignment) -> None:
     """The floor lies far below: it gets a strip of its own, so that the layers fill the height."""
     main, strip = figure.subplots(2, 1, sharex=True, height_ratios=[7, 1])
-    _draw_state(main, alignment.before, color=BEFORE, marker="o", label="before")
+    _draw_state(main, alignment.before, color=BEFORE, marker="o", label=_first_name(alignment))
     if alignment.after is not None:
         _draw_state(main, alignment.after, color=AFTER, marker="s", label="after")
     main.plot(
@@ -192,6 +192,10 @@ def _draw_state(axes: Axes, state: AlignmentState, color: str, marker: str, labe
     axes.plot(values, color=color, linewidth=1.6, marker=marker, markersize=3.6, label=label)
 
 
+def _first_name(alignment: Alignment) -> str:
+    return "student" if alignment.after is None else "before"
+
+
 def _break_axis(main: Axes, strip: Axes) -> None:
     """Cut the vertical axis between the two, with the usual slanted marks; it starts on a twentieth."""
     low = min(main.dataLim.y0, 0.95) if math.isfinite(main.dataLim.y0) else 0.0
@@ -211,7 +215,7 @@ def _heatmap_size(alignment: Alignment) -> tuple[float, float]:
 
 
 def _draw_heatmaps(figure: Figure | SubFigure, alignment: Alignment) -> None:
-    states = {"before": alignment.before}
+    states = {_first_name(alignment): alignment.before}
     if alignment.after is not None:
         states["after"] = alignment.after
     matrices = {name: np.array([_floats(row) for row in state.matrix]) for name, state in states.items()}

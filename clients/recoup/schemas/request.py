@@ -197,8 +197,8 @@ class EvaluationSpec(Input):
 
 
 class AlignmentSpec(Input):
-    positions: Annotated[int, Field(ge=256, le=1_000_000)] = 4096
-    """At most so many token positions enter CKA."""
+    positions: Annotated[int, Field(ge=256, le=32_768)] = 4096
+    """At most so many token positions enter CKA; its time grows with their square."""
 
 
 class OutputSpec(Input):

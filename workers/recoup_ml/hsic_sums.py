@@ -1,0 +1,166 @@
+"""HSIC of all layer pairs of two models, added up batch by batch, in memory that does not grow with the text.
+
+With a fixed centre for each layer, HSIC is the mean of k(a, b) l(a, b) over pairs of tokens of
+*different* texts (k and l the inner products of their states in either model): no diagonal, no pair
+inside a text, no correction term. A batch is cut into panels of whole texts; the Gram blocks of
+every two panels are laid out as one row a layer, and one matrix product of those rows gives all layer
+pairs. Pairs inside a panel are left out, which costs precision and no bias.
+
+A centre must come from many texts (`cka.py` takes it from a pilot of a few hundred): the mean of a
+batch would tie its tokens together. Products are float32 of states of unit size, sums float64, kept by
+jackknife group. Sums over the same frame add: over batches, processes, machines.
+
+Axes: L, M layers of either model, N tokens, D width, P token pairs, G groups, K pairs of the layer map.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+
+from recoup_ml.hsic import Array, Products
+
+PANELS = 4
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Over token pairs, by jackknife group; `with_all` counts tokens that the others leave out, too."""
+
+    xy_GLM: Array
+    xx_GL: Array
+    yy_GM: Array
+    pairs_G: Array
+    all_xy_GK: Array
+    all_xx_GK: Array
+    all_yy_GK: Array
+
+    @staticmethod
+    def zero(groups: int, layers: tuple[int, int], mapped: int) -> "Sums":
+        shapes = (layers, layers[:1], layers[1:], (), (mapped,), (mapped,), (mapped,))
+        return Sums(*(np.zeros((groups, *shape)) for shape in shapes))
+
+    def __add__(self, other: "Sums") -> "Sums":
+        """Of both; they must be of one frame, or the sum means nothing."""
+        return Sums(*(a + b for a, b in zip(self._arrays(), other._arrays(), strict=True)))
+
+    def products(self) -> Products:
+        """Without each group that holds pairs in turn, then over all; a common factor is left in."""
+        return _left_out(self.xy_GLM, self.xx_GL, self.yy_GM, self.pairs_G)
+
+    def products_with_all(self) -> Products:
+        """The same of the layer map alone, on its diagonal, over all tokens."""
+        xy_GKK = np.apply_along_axis(np.diag, 1, self.all_xy_GK)
+        return _left_out(xy_GKK, self.all_xx_GK, self.all_yy_GK, self.pairs_G)
+
+    def save(self, path: Path) -> None:
+        save_file({field.name: getattr(self, field.name) for field in fields(self)}, path)
+
+    @staticmethod
+    def load(path: Path) -> "Sums":
+        return Sums(**load_file(path))
+
+    def _arrays(self) -> list[Array]:
+        return [getattr(self, field.name) for field in fields(self)]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The tokens of one batch, in the order of their texts."""
+
+    x_LND: list[Tensor]
+    """Centred states, one [N, D] a layer, of about unit size."""
+    y_MND: list[Tensor]
+    text_N: Tensor
+    """Which text each token is of; tokens of a text lie together."""
+    kept_N: Tensor
+    """False on tokens that only `with_all` counts."""
+
+
+@torch.inference_mode()
+def batch_sums(batch: Batch, layer_map: Sequence[tuple[int, int]], group: int, groups: int) -> Sums:
+    """The sums of one batch, all of it in one group.
+
+    Raises:
+        ValueError: it holds one text only, so that no pair is of different texts.
+    """
+    bounds = _panels(batch.text_N)
+    if len(bounds) < 3:
+        raise ValueError("A batch needs the tokens of at least two texts.")
+    x_LP, y_MP = _gram_rows(batch.x_LND, bounds), _gram_rows(batch.y_MND, bounds)
+    rows, columns = (list(side) for side in zip(*layer_map, strict=True))
+    every = [
+        _dot(x_LP[rows], y_MP[columns]),
+        _dot(x_LP[rows], x_LP[rows]),
+        _dot(y_MP[columns], y_MP[columns]),
+    ]
+    if not batch.kept_N.all():
+        lost_P = ~_pairs_kept(batch.kept_N, bounds)
+        x_LP[:, lost_P] = y_MP[:, lost_P] = 0.0
+    found = Sums(
+        xy_GLM=(x_LP @ y_MP.T).double().cpu().numpy()[None],
+        xx_GL=_dot(x_LP, x_LP)[None],
+        yy_GM=_dot(y_MP, y_MP)[None],
+        pairs_G=np.array([float(_pairs_kept(batch.kept_N, bounds).sum())]),
+        all_xy_GK=every[0][None],
+        all_xx_GK=every[1][None],
+        all_yy_GK=every[2][None],
+    )
+    return _placed(found, group, groups)
+
+
+def _placed(found: Sums, group: int, groups: int) -> Sums:
+    def spread(array: Array) -> Array:
+        whole = np.zeros((groups, *array.shape[1:]))
+        whole[group] = array[0]
+        return whole
+
+    return Sums(*(spread(array) for array in found._arrays()))
+
+
+def _panels(text_N: Tensor) -> list[int]:
+    """Where panels of whole texts begin, and where the last one ends; at most `PANELS`, of like size."""
+    _, sizes = torch.unique_consecutive(text_N, return_counts=True)
+    ends, total = sizes.cumsum(0).tolist(), len(text_N)
+    bounds, panels = [0], min(PANELS, len(ends))
+    for end, following in zip(ends, [*ends[1:], total], strict=True):
+        wanted = total * len(bounds) / panels
+        if len(bounds) < panels and abs(end - wanted) <= abs(following - wanted):
+            bounds.append(end)
+    return [*bounds, total] if bounds[-1] < total else bounds
+
+
+def _gram_rows(layers: Sequence[Tensor], bounds: Sequence[int]) -> Tensor:
+    """The Gram blocks of every two panels, one row a layer: [L, P]."""
+    widths = [layer.shape[1] for layer in layers]
+    if len(set(widths)) > 1:
+        return torch.cat([_gram_rows([layer], bounds) for layer in layers])
+    x_LND = torch.stack(list(layers))
+    parts = []
+    for start, end in pairwise(bounds[:-1]):
+        block = x_LND[:, start:end] @ x_LND[:, end:].transpose(1, 2)
+        parts.append(block.flatten(1))
+    return torch.cat(parts, 1)
+
+
+def _pairs_kept(kept_N: Tensor, bounds: Sequence[int]) -> Tensor:
+    """For each pair in the order of `_gram_rows`, whether both tokens count: [P]."""
+    return torch.cat(
+        [(kept_N[start:end, None] & kept_N[None, end:]).flatten() for start, end in pairwise(bounds[:-1])]
+    )
+
+
+def _dot(a_LP: Tensor, b_LP: Tensor) -> Array:
+    return torch.linalg.vecdot(a_LP, b_LP).double().cpu().numpy()
+
+
+def _left_out(xy_GLM: Array, xx_GL: Array, yy_GM: Array, pairs_G: Array) -> Products:
+    there = pairs_G > 0
+    sides = [side[there] for side in (xy_GLM, xx_GL, yy_GM)]
+    leaving = [np.concatenate([side.sum(0) - side, side.sum(0)[None]]) for side in sides]
+    return Products(*leaving, int(there.sum()))
