@@ -19,14 +19,14 @@ import platform
 import random
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from measuring import memory
 
 ANSWERS = Path(__file__).with_name("answers.jsonl")
 CONTENDERS = ("trl", "beside", "cached", "top64")
@@ -226,30 +226,6 @@ def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         [[1] * len(item["input_ids"]) + [0] * (width - len(item["input_ids"])) for item in items]
     )
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-@contextmanager
-def memory() -> Iterator[list[float]]:
-    """MiB of this process: first before the block, then every hundredth of a second inside it."""
-    import gc
-
-    import psutil
-
-    gc.collect()
-    process, stop = psutil.Process(), threading.Event()
-    seen = [process.memory_info().rss / 2**20]
-
-    def watch() -> None:
-        while not stop.wait(0.01):
-            seen.append(process.memory_info().rss / 2**20)
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield seen
-    finally:
-        stop.set()
-        watcher.join()
 
 
 def work(student: Any, given: Sequence[Any], *, beside: bool) -> float:

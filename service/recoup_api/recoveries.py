@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Response
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import FileResponse
 
 from recoup.schemas import Alignment, Artifact, Event, Page, Recovery, Report, State
 from recoup.schemas.recovery import TERMINAL_STATES
@@ -22,6 +22,9 @@ router = APIRouter(prefix="/v1/recoveries", tags=["recoveries"])
 
 # A report shows what models wrote; whatever a browser makes of it, it is not this server's own page.
 NOT_OUR_PAGE = {"Content-Security-Policy": "sandbox allow-scripts", "X-Content-Type-Options": "nosniff"}
+
+PICTURES = {"text/csv": "csv", "image/svg+xml": "svg", "image/png": "png"}
+"""As what an alignment comes beside JSON."""
 
 
 @router.post("", status_code=202, openapi_extra=documented())
@@ -80,9 +83,14 @@ def report(
 
 
 @router.get("/{id}/alignment", response_model=Alignment)
-def alignment(id: str, ledger: TheLedger, settings: TheSettings) -> JSONResponse:
-    path = open_artifact(_published(id, ledger, settings), "report.json")
-    return JSONResponse(json.loads(path.read_bytes())["alignment"])
+def alignment(
+    id: str, ledger: TheLedger, settings: TheSettings, accept: Annotated[str, Header()] = ""
+) -> FileResponse:
+    """JSON; or for `Accept: text/csv`, `image/svg+xml` or `image/png` the layers as a table or a picture."""
+    suffix = next((suffix for kind, suffix in PICTURES.items() if kind in accept), "json")
+    headers = NOT_OUR_PAGE | {"Vary": "Accept"}
+    path = open_artifact(_published(id, ledger, settings), f"alignment.{suffix}")
+    return FileResponse(path, headers=headers)
 
 
 @router.get("/{id}/recipe", response_class=FileResponse)

@@ -100,6 +100,8 @@ def finished(finish):
     return finish(
         {
             "report.json": json.dumps(REPORT),
+            "alignment.json": json.dumps(REPORT["alignment"]),
+            **{f"alignment.{suffix}": suffix for suffix in ("csv", "svg", "png")},
             "report.html": "<!doctype html><title>Report</title>",
             "recipe.py": SCRIPT,
             "adapter/adapter_config.json": "{}",

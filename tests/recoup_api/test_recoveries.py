@@ -120,6 +120,13 @@ def test_the_alignment_is_the_reports(client, finished):
     assert client.get(f"/v1/recoveries/{finished}/alignment").json() == report["alignment"]
 
 
+@pytest.mark.parametrize("kind", ["text/csv", "image/svg+xml", "image/png"])
+def test_the_alignment_comes_as_a_table_or_a_picture(client, finished, kind):
+    answer = client.get(f"/v1/recoveries/{finished}/alignment", headers={"accept": kind})
+    assert answer.headers["content-type"].startswith(kind)
+    assert answer.headers["vary"] == "Accept"
+
+
 def test_the_recipe_is_python(client, finished):
     answer = client.get(f"/v1/recoveries/{finished}/recipe")
     assert answer.headers["content-type"] == "text/x-python; charset=utf-8"
@@ -146,6 +153,7 @@ def test_where_nothing_was_trained_there_is_no_recipe(client, finish, outcome, m
 def test_an_artifact_is_what_the_manifest_says(client, finished):
     listed = client.get(f"/v1/recoveries/{finished}/artifacts").json()["data"]
     paths = {"report.json", "report.html", "recipe.py", "adapter/adapter_config.json"}
+    paths |= {f"alignment.{suffix}" for suffix in ("json", "csv", "svg", "png")}
     assert {file["path"] for file in listed} == paths
     for file in listed:
         content = client.get(f"/v1/recoveries/{finished}/artifacts/{file['path']}").content

@@ -14,7 +14,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from recoup_ml import cka
+from recoup_ml import cka, hsic
+from recoup_ml.paired_states import Frames
 
 VOCABULARY, WORD = 96, 40
 Batch = dict[str, Tensor]
@@ -104,6 +105,22 @@ def test_a_pilot_is_run_twice_and_counted_once(found: cka.Alignment) -> None:
     assert found.texts == len(lengths) == 144
     assert found.tokens + found.dropped_first + found.dropped_outliers == int(lengths.sum())
     assert found.dropped_first == 144
+
+
+def test_parts_in_one_frame_add_up_to_the_whole(
+    student: PreTrainedModel, teacher: PreTrainedModel, tmp_path: Path
+) -> None:
+    batches = texts()
+    whole = cka.align(student, teacher, batches, groups=8, controls=False)
+    whole.frames.save(tmp_path / "frames")
+    frames = Frames.load(tmp_path / "frames")
+    parts = [
+        cka.align(student, teacher, part, pilot=frames, groups=8, controls=False, tokens=99)
+        for part in (batches[:16], batches[16:])
+    ]
+    both = (parts[0].sums + parts[1].sums).products()
+    np.testing.assert_allclose(hsic.matrix(both), whole.matrix, rtol=1e-6)
+    assert sum(part.tokens for part in parts) == whole.tokens
 
 
 def test_no_more_tokens_of_a_text_are_taken_than_asked(

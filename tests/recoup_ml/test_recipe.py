@@ -24,7 +24,11 @@ from recoup_ml.weights import Weights, block_of, zeros_filled
 
 Student = Callable[[str], Path]
 STAGES = ["diagnose", "generate", "distil", "evaluate", "package"]
-REPORT_FILES = {"report.json", "report.html", "alignment.json", "alignment.svg", "alignment.png"}
+REPORT_FILES = {
+    "report.json",
+    "report.html",
+    *(f"alignment.{suffix}" for suffix in ("json", "csv", "svg", "png")),
+}
 LENIENT = {"evaluation": {"test_sequences": 32, "validation_sequences": 8, "gate": {"max_regression": 1.0}}}
 
 
@@ -185,6 +189,8 @@ def test_a_recovery_publishes_everything_it_can_show(forgetful: Finished) -> Non
         "adapter/README.md",
     }
     assert published["alignment.png"].read_bytes().startswith(b"\x89PNG")
+    lines = published["alignment.csv"].read_text().splitlines()
+    assert len(lines) == 1 + len(json.loads(published["alignment.json"].read_text())["layer_map"])
     assert published["alignment.svg"].read_text().lstrip().startswith(("<svg", "<?xml"))
     assert "<html" in published["report.html"].read_text()
     assert (

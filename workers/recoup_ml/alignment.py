@@ -6,7 +6,9 @@ sequence, the same ones throughout. A handful of tokens carry massive activation
 more than ten times its layer's median, in any layer of either model, is dropped from all.
 """
 
+import csv
 import hashlib
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -99,6 +101,21 @@ def align(states: States, positions: Positions, layer_map: Sequence[tuple[int, i
         headroom_recovered_last=headroom and headroom.recovered(layer_map[-1:]),
         headroom_recovered_mean=headroom and headroom.recovered(layer_map),
     )
+
+
+def csv_table(alignment: Alignment) -> str:
+    """Corresponding layers, one a line: before and after with their intervals, ceiling and floor."""
+    states = {"before": alignment.before} | ({"after": alignment.after} if alignment.after else {})
+    parts = ("value", "low", "high")
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    measured = [f"{name}_{part}" for name in states for part in parts]
+    writer.writerow(["student", "teacher", *measured, "ceiling", "floor"])
+    for place, (mine, theirs) in enumerate(alignment.layer_map):
+        values = [getattr(state.diagonal[place], part, None) for state in states.values() for part in parts]
+        names = alignment.student_layers[mine], alignment.teacher_layers[theirs]
+        writer.writerow([*names, *values, alignment.ceiling[place], alignment.floor[place]])
+    return buffer.getvalue()
 
 
 def shown(found: cka.Alignment) -> Alignment:

@@ -37,7 +37,7 @@ from recoup_ml.geometry import Geometry, GeometrySums
 from recoup_ml.hidden import decoder_blocks
 from recoup_ml.hsic import Array, Interval, Products
 from recoup_ml.hsic_sums import Batch, Sums, batch_sums
-from recoup_ml.paired_states import Chosen, Frame, Pilot, choose, read
+from recoup_ml.paired_states import Chosen, Frames, Pilot, choose, read
 
 Tokens = Mapping[str, Tensor]
 """`input_ids` [B, T]; `attention_mask` where there is padding; `completion_mask` where only part counts."""
@@ -66,6 +66,8 @@ class Alignment:
     floor: tuple[float, ...] | None
     """Of corresponding layers: with the states of other tokens."""
     problems: tuple[str, ...]
+    frames: Frames
+    """What the states were centred and scaled by: given to `align` for other texts, sums may be added."""
     positions_sha256: str
     """Of which tokens of which texts were compared."""
 
@@ -144,7 +146,7 @@ def align(
     *,
     layer_map: LayerMap | None = None,
     tokens: int = 32,
-    pilot: int = 256,
+    pilot: int | Frames = 256,
     groups: int = 32,
     controls: bool = True,
     seed: int = 0,
@@ -154,10 +156,11 @@ def align(
 
     Args:
         batches: each of two texts or more, in random order: texts of one batch are compared with
-            each other. The first ones are run twice.
+            each other. The pilot's are run twice.
         layer_map: corresponding (student, teacher) layers, embeddings 0; by default the same numbers.
         tokens: of each text, chosen at random; what is dropped is dropped from these.
-        pilot: texts that a layer's centre and ordinary norm are taken from.
+        pilot: texts that a layer's centre and ordinary norm are taken from; or those of an earlier
+            comparison, so that the sums of both may be added.
         groups: of the jackknife; each batch goes whole into one.
         controls: also measure ceiling and floor, for a third run and the memory of a third model.
         tick: told how many texts are done.
@@ -170,12 +173,12 @@ def align(
     draw = torch.Generator().manual_seed(seed)
     supply = (choose(batch, tokens, draw) for batch in batches)
     trio = _Trio(student, teacher, _rounded(teacher) if controls else None)
-    first, frames = _pilot(trio, supply, pilot)
+    first, frames = ([], pilot) if isinstance(pilot, Frames) else _pilot(trio, supply, pilot)
     tally = _Tally(frames, mapped, groups)
     for index, chosen in enumerate(chain(first, supply)):
         tally.add(chosen, trio, index % groups)
         tick(tally.texts)
-    return tally.alignment(pilot)
+    return tally.alignment(sum(chosen.texts for chosen in first) or FEW_TEXTS)
 
 
 @dataclass(frozen=True)
@@ -186,13 +189,7 @@ class _Trio:
     """The teacher after a round trip through bfloat16."""
 
 
-@dataclass(frozen=True)
-class _Frames:
-    student: Frame
-    teacher: Frame
-
-
-def _pilot(trio: _Trio, supply: Iterable[Chosen], texts: int) -> tuple[list[Chosen], _Frames]:
+def _pilot(trio: _Trio, supply: Iterable[Chosen], texts: int) -> tuple[list[Chosen], Frames]:
     """The first batches, which hold at least so many texts if there are as many, and the frames from them."""
     first: list[Chosen] = []
     mine, theirs = Pilot(), Pilot()
@@ -204,14 +201,14 @@ def _pilot(trio: _Trio, supply: Iterable[Chosen], texts: int) -> tuple[list[Chos
             break
     if not first:
         raise ValueError("There is no batch to compare the models on.")
-    return first, _Frames(mine.frame(), theirs.frame())
+    return first, Frames(mine.frame(), theirs.frame())
 
 
 @dataclass
 class _Tally:
     """All that is added up over the batches."""
 
-    frames: _Frames
+    frames: Frames
     layer_map: tuple[tuple[int, int], ...]
     groups: int
     texts: int = 0
@@ -256,7 +253,8 @@ class _Tally:
             self._floor = self._added(self._floor, Batch(away, y, text_N, both_N), group)
 
     def alignment(self, pilot: int) -> Alignment:
-        assert self._sums is not None
+        if self._sums is None:
+            raise ValueError("There is no batch to compare the models on.")
         return Alignment(
             sums=self._sums,
             layer_map=self.layer_map,
@@ -267,8 +265,9 @@ class _Tally:
             geometry=tuple(sums.geometry() for sums in self._geometry),
             ceiling=_control(self._ceiling, [(theirs, theirs) for _, theirs in self.layer_map]),
             floor=_control(self._floor, self.layer_map),
+            frames=self.frames,
             positions_sha256=self._hash.hexdigest(),
-            problems=tuple(_problems(self._sums.products(), self.layer_map, min(pilot, self.texts))),
+            problems=tuple(_problems(self._sums.products(), self.layer_map, pilot)),
         )
 
     def _added(self, sums: Sums | None, batch: Batch, group: int, layer_map: LayerMap = ()) -> Sums:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from recoup_ml.hsic import Array, Products
 
-PANELS = 4
+PANELS = 8
 
 
 @dataclass(frozen=True)
@@ -137,15 +137,13 @@ def _panels(text_N: Tensor) -> list[int]:
 
 def _gram_rows(layers: Sequence[Tensor], bounds: Sequence[int]) -> Tensor:
     """The Gram blocks of every two panels, one row a layer: [L, P]."""
-    widths = [layer.shape[1] for layer in layers]
-    if len(set(widths)) > 1:
-        return torch.cat([_gram_rows([layer], bounds) for layer in layers])
-    x_LND = torch.stack(list(layers))
-    parts = []
-    for start, end in pairwise(bounds[:-1]):
-        block = x_LND[:, start:end] @ x_LND[:, end:].transpose(1, 2)
-        parts.append(block.flatten(1))
-    return torch.cat(parts, 1)
+    shapes = [(end - start, bounds[-1] - end) for start, end in pairwise(bounds[:-1])]
+    rows_LP = layers[0].new_empty(len(layers), sum(height * width for height, width in shapes))
+    for row_P, state_ND in zip(rows_LP, layers, strict=True):
+        blocks = row_P.split([height * width for height, width in shapes])
+        for block, shape, end in zip(blocks, shapes, bounds[1:-1], strict=True):
+            torch.mm(state_ND[end - shape[0] : end], state_ND[end:].T, out=block.view(shape))
+    return rows_LP
 
 
 def _pairs_kept(kept_N: Tensor, bounds: Sequence[int]) -> Tensor:

@@ -14,6 +14,7 @@ from peft import PeftModel
 
 from recoup.schemas import Report
 from recoup_ml import answers, diagnose, distil, evaluate, models
+from recoup_ml.alignment import csv_table
 from recoup_ml.card import model_card
 from recoup_ml.errors import RecoveryError
 from recoup_ml.page import html_page
@@ -55,6 +56,7 @@ def _write_report(report: Report, folder: Path) -> dict[str, Path]:
         "report.json": report.model_dump_json(indent=1).encode(),
         "report.html": html_page(report).encode(),
         "alignment.json": report.alignment.model_dump_json().encode(),
+        "alignment.csv": csv_table(report.alignment).encode(),
         "alignment.svg": alignment_svg(report.alignment).encode(),
         "alignment.png": alignment_png(report.alignment),
     }

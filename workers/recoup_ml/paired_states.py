@@ -8,8 +8,10 @@ Axes: B texts of a batch, T token positions, N chosen tokens, D width, L layers 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -90,6 +92,36 @@ class Frame:
         """True on tokens without a massive activation in any layer, [N]."""
         norms = zip(states, self.medians, strict=True)
         return torch.stack([state.norm(dim=1) <= OUTLIER * median for state, median in norms]).all(0)
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Of both models. Sums that were made in one pair of frames may be added."""
+
+    student: Frame
+    teacher: Frame
+
+    def save(self, path: Path) -> None:
+        tensors = {
+            f"{name}.{layer:04d}": torch.cat([centre, torch.tensor([size, median])])
+            for name, frame in (("student", self.student), ("teacher", self.teacher))
+            for layer, (centre, size, median) in enumerate(
+                zip(frame.centres, frame.sizes, frame.medians, strict=True)
+            )
+        }
+        save_file(tensors, path)
+
+    @staticmethod
+    def load(path: Path) -> "Frames":
+        tensors = load_file(path)
+
+        def frame(name: str) -> Frame:
+            rows = [tensors[key] for key in sorted(tensors) if key.startswith(name)]
+            return Frame(
+                [row[:-2] for row in rows], [float(row[-2]) for row in rows], [float(row[-1]) for row in rows]
+            )
+
+        return Frames(frame("student"), frame("teacher"))
 
 
 class Pilot:
