@@ -33,7 +33,7 @@ def _table(rows: Sequence[Row]) -> str:
             "capitals",
             "new skill",
         ),
-        *("CKA last", "CKA mean", "tokens", "min", "GiB"),
+        *("CKA last", "CKA mean", "tokens", "CPU min", "GiB"),
     )
     lines = [_line(names), "|" + "---|" * len(names)]
     before = rows[0]["measures"]
@@ -41,7 +41,19 @@ def _table(rows: Sequence[Row]) -> str:
     methods = dict.fromkeys(row["method"] for row in rows)
     for method in sorted(methods, key=_place):
         lines.append(_method(method, [row for row in rows if row["method"] == method]))
+    lines += [_repair(row) for row in rows if row["baseline"]]
     return "\n".join(lines)
+
+
+def _repair(row: Row) -> str:
+    """The best training-free repair of one run, and how far training is ahead of it."""
+    found, share, lead = row["baseline"], row["baseline"]["recovered"], row["baseline"]["lead"]
+    keys = ("kl", "agreement", None, "bits_per_character", None, "keep")
+    values = [f"{found[key]:.3f}" if key and found[key] is not None else "–" for key in keys]
+    interval = f"{share['value']:.3f} [{share['low']:.3f}, {share['high']:.3f}]" if share else "–"
+    ahead = f"; behind by {lead['value']:.3f} [{lead['low']:.3f}, {lead['high']:.3f}]" if lead else ""
+    name = f"*{found['label']}, seed {row['seed']}{ahead}*"
+    return _line([name, "1", interval, *values, "–", "–", "0", "", ""])
 
 
 def _place(method: str) -> tuple[int, str]:
@@ -62,7 +74,7 @@ def _method(method: str, rows: Sequence[Row]) -> str:
     }
     cost = [
         f"{fmean(row['tokens'] for row in rows):,.0f}",
-        f"{fmean(row['minutes'] for row in rows):.1f}",
+        f"{fmean(row['cpu_minutes'] for row in rows):.1f}",
         f"{max(row['peak_gib'] for row in rows):.1f}",
     ]
     return _line([method, str(len(rows)), share, *_values(mean, 2), *_cka(rows, 1), *cost])

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from recoup.schemas import Alignment, AlignmentState, Estimate
 from recoup_ml import cka, hsic
+from recoup_ml.paired_states import OUTLIER
 from recoup_ml.sequences import Answered
 
 GROUPS = 16
-OUTLIER = 10.0
 ESTIMATOR = "linear CKA, debiased: pairs across groups of sequences; jackknife over groups"
 
 

@@ -40,11 +40,6 @@ class Sums:
     all_xx_GK: Array
     all_yy_GK: Array
 
-    @staticmethod
-    def zero(groups: int, layers: tuple[int, int], mapped: int) -> "Sums":
-        shapes = (layers, layers[:1], layers[1:], (), (mapped,), (mapped,), (mapped,))
-        return Sums(*(np.zeros((groups, *shape)) for shape in shapes))
-
     def __add__(self, other: "Sums") -> "Sums":
         """Of both; they must be of one frame, or the sum means nothing."""
         return Sums(*(a + b for a, b in zip(self._arrays(), other._arrays(), strict=True)))
