@@ -166,7 +166,7 @@ def test_a_patch_is_the_same_as_an_adapter(
     assert all(torch.equal(plain[key], before[key]) for key in before)
 
 
-@pytest.mark.parametrize("name", ["pruned-2:4", "wanda-24"])
+@pytest.mark.parametrize("name", ["pruned-2:4", "wanda-24", "narrow", "shallow"])
 def test_reconstruction_brings_a_pruned_student_nearer(
     name: str,
     repaired: Callable[..., PreTrainedModel],
@@ -188,18 +188,6 @@ def test_reconstruction_keeps_the_zeros(
             assert not torch.equal(after[key], before[key])
             assert torch.equal(after[key] == 0, before[key] == 0)
             assert not torch.signbit(after[key][after[key] == 0]).any()
-
-
-@pytest.mark.parametrize("name", ["narrow", "shallow"])
-def test_reconstruction_makes_up_for_what_is_gone(
-    name: str,
-    repaired: Callable[..., PreTrainedModel],
-    student: Student,
-    healthy: PreTrainedModel,
-    answered: list[Answered],
-) -> None:
-    cut, mended = models.load(student(name)), repaired(name, "reconstruct", 1.0)
-    assert kl(mended, healthy, answered) < 0.95 * kl(cut, healthy, answered)
 
 
 def test_reconstruction_has_nothing_to_mend_in_the_teacher_itself(
