@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Array = NDArray[np.float64]
-Sums = dict[tuple[int, int], Tensor]
+PairSums = dict[tuple[int, int], Tensor]
 """Something of each pair of groups."""
 Combine = Callable[[Tensor, Tensor], Tensor]
 """Inner products of layers' rows: of every two layers, or of each with its like."""
@@ -140,7 +140,7 @@ def _scaled(layer: Tensor) -> Tensor:
     return centred / (float(centred.double().square().mean().sqrt()) or 1.0)
 
 
-def _jackknifed(x: _Side, y: _Side, pairs: Sums, sizes_G: Tensor, layers: Combine) -> Array:
+def _jackknifed(x: _Side, y: _Side, pairs: PairSums, sizes_G: Tensor, layers: Combine) -> Array:
     """HSIC of the layers that `layers` brings together, without each group in turn, and over all groups."""
     return np.array(
         [_hsic(x, y, pairs, sizes_G, left_out, layers) for left_out in [*range(len(sizes_G)), None]]
@@ -151,12 +151,12 @@ def _every_pair(a_LK: Tensor, b_MK: Tensor) -> Tensor:
     return a_LK @ b_MK.T
 
 
-def _pairs(x: _Side, y: _Side) -> tuple[Sums, Sums, Sums]:
+def _pairs(x: _Side, y: _Side) -> tuple[PairSums, PairSums, PairSums]:
     """Σ k(a, b) l(a, b) over the rows of each pair of groups: [L, M], and of either model with itself."""
     groups = x.row_LNG.shape[2]
-    xy: Sums = {}
-    xx: Sums = {}
-    yy: Sums = {}
+    xy: PairSums = {}
+    xx: PairSums = {}
+    yy: PairSums = {}
     for a in range(groups):
         for b in range(a + 1, groups):
             grams_x, grams_y = _grams(x.parts, a, b), _grams(y.parts, a, b)
@@ -171,7 +171,9 @@ def _grams(parts: Sequence[tuple[Tensor, ...]], a: int, b: int) -> Tensor:
     return torch.stack([(layer[a] @ layer[b].T).flatten() for layer in parts])
 
 
-def _hsic(x: _Side, y: _Side, pairs: Sums, sizes_G: Tensor, left_out: int | None, layers: Combine) -> Array:
+def _hsic(
+    x: _Side, y: _Side, pairs: PairSums, sizes_G: Tensor, left_out: int | None, layers: Combine
+) -> Array:
     """The three sums over rows of different groups, each divided by how many there are."""
     stay = torch.tensor([group for group in range(len(sizes_G)) if group != left_out])
     rows = torch.isin(torch.arange(len(sizes_G)).repeat_interleave(sizes_G), stay)
