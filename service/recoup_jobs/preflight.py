@@ -63,7 +63,9 @@ def preflight(request: CreateRecovery, ledger: Ledger, settings: Settings) -> Mo
     if student and teacher:
         _compare(findings, student, teacher)
     if student and student.quantizer:
-        _check_adapter_only(findings, request, student.quantizer)
+        _check_packed(findings, request, student.quantizer)
+    elif student:
+        _check_plain(findings, request)
     _check_data(findings, request, ledger, settings)
     findings.raise_if_any()
     assert student and teacher, "a model that could not be read is a finding"
@@ -129,15 +131,22 @@ def _require_same_template(student: Model, teacher: Model) -> None:
         raise Unprocessable("chat_template_mismatch", message)
 
 
-def _check_adapter_only(findings: Findings, request: CreateRecovery, quantizer: str) -> None:
-    """Packed weights stay as they are: they have no gradient, and a merged adapter would be rounded again."""
+def _check_plain(findings: Findings, request: CreateRecovery) -> None:
+    with findings.at("/output/kind"):
+        if request.output.kind == "requantized":
+            message = "the student's weights are not packed, so nothing says how to pack them; use merged"
+            raise Unprocessable("unsupported_request", message)
+
+
+def _check_packed(findings: Findings, request: CreateRecovery, quantizer: str) -> None:
+    """Packed weights have no gradient; only what bitsandbytes packed can be unpacked, and packed again."""
     packed = f"the student's weights are packed by {quantizer} and stay as they are"
     with findings.at("/training/mode"):
         if request.training.mode in MODEL_KINDS:
             message = f"{packed}, so training.mode {request.training.mode} cannot be; use lora, or auto"
             raise Unprocessable("unsupported_request", message)
     with findings.at("/output/kind"):
-        if request.output.kind == "merged":
+        if request.output.kind in {"merged", "requantized"} and quantizer != "bitsandbytes":
             message = f"{packed}, so no adapter can be merged into them; use adapter, or auto"
             raise Unprocessable("unsupported_request", message)
 

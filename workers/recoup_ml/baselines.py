@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from recoup.schemas import TriedRepair
-from recoup_ml import answers, diagnose, models, repair, results
+from recoup_ml import answers, diagnose, models, packed, repair, results
 from recoup_ml.errors import IncompatibleModels, UnsupportedModel
 from recoup_ml.observation import observe
 from recoup_ml.plan import DATA, Plan
@@ -153,7 +153,7 @@ def repaired(run: Run, done: Done, chosen: Repair) -> PreTrainedModel:
 
 def save(run: Run, done: Done, plan: Plan, chosen: Repair, folder: Path) -> None:
     """Writes the repaired student to `folder`: a whole model, or an adapter where planned."""
-    if plan.output == "merged":
+    if plan.output == "merged" and not packed.method(run.student):
         repaired(run, done, chosen).save_pretrained(folder)
     else:
         _as_adapter(run, done, chosen, models.load(run.student)).save_pretrained(folder)

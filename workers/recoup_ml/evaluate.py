@@ -4,21 +4,33 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from recoup.schemas import Alignment, Baseline, Estimate, Measure, Outcome, Sample
-from recoup_ml import alignment, baselines, diagnose, distil, measures, models, results, verdict
+from recoup.schemas import Alignment, Baseline, Estimate, Measure, Outcome, OutputForm, Sample
+from recoup_ml import (
+    alignment,
+    answers,
+    baselines,
+    diagnose,
+    distil,
+    forms,
+    measures,
+    models,
+    results,
+    verdict,
+)
 from recoup_ml.alignment import States
 from recoup_ml.diagnose import Exam
-from recoup_ml.observation import load_states
+from recoup_ml.observation import load_states, observe
 from recoup_ml.probe import Probe, make_probe
 from recoup_ml.repair import Repair
 from recoup_ml.results import Behaviour, Diagnosis, Evaluation
 from recoup_ml.run import Counter, Done, Journal, Run
+from recoup_ml.scores import compare
 from recoup_ml.sequences import encode
 
+WEIGHTS = "weights"
 CLOSED = 0.9
 """Recovered fraction from which more of the same training can hardly help."""
 
@@ -34,7 +46,7 @@ def evaluate(run: Run, journal: Journal, done: Done, folder: Path) -> None:
     counter = Counter(journal, (1 + bool(rival)) * (len(exam.test) + probe.answers), "sequences")
     after, states = None, None
     if best := distil.best(done):
-        after, states = diagnose.sit(load_trained(run.student, best), exam, probe, counter)
+        after, states = diagnose.sit(_recovered(run, done, best, folder), exam, probe, counter)
         if not math.isfinite(after.scores.mean_kl):
             after, states = None, None
     models.release()
@@ -53,6 +65,7 @@ def evaluate(run: Run, journal: Journal, done: Done, folder: Path) -> None:
         reason=reason,
         measures=found,
         baseline=baseline,
+        forms=_forms(run, done, best, diagnosis, exam) if best and after else [],
         samples=_samples(probe, diagnosis, after),
         remarks=[*_remarks(found, aligned, exam, baseline), *out_of_reach(found, short)],
     )
@@ -68,12 +81,31 @@ def read_alignment(done: Done) -> Alignment:
     return Alignment.model_validate_json((done["evaluate"] / "alignment.json").read_text())
 
 
-def load_trained(student: Path, checkpoint: Path) -> PreTrainedModel:
-    """The student with its trained adapter inside, or the trained model itself."""
-    if (checkpoint / "adapter_config.json").exists():
-        adapted = PeftModel.from_pretrained(models.load(student), checkpoint)
-        return adapted.get_base_model().eval()
-    return models.load(checkpoint)
+def handed_over(done: Done) -> Path | None:
+    """The whole model that was packed or unpacked to be handed over, if one was."""
+    folder = done["evaluate"] / WEIGHTS
+    return folder if folder.exists() else None
+
+
+def _recovered(run: Run, done: Done, best: Path, folder: Path) -> PreTrainedModel:
+    """The student after training, in the form in which it is handed over."""
+    output = answers.read_plan(done).output
+    if output == "adapter" or (output == "merged" and not forms.can_change(run.student)):
+        return models.load_trained(run.student, best)
+    forms.write(run.student, best, output, folder / WEIGHTS)
+    return models.load(folder / WEIGHTS)
+
+
+def _forms(run: Run, done: Done, best: Path, diagnosis: Diagnosis, exam: Exam) -> list[OutputForm]:
+    """What the student's other forms would have cost, where it is packed and has an adapter."""
+    if not (forms.can_change(run.student) and models.is_adapter(best)):
+        return []
+
+    def measure(model: PreTrainedModel) -> Measure:
+        seen = observe(model, exam.test, exam.pad_id)
+        return measures.divergence(diagnosis, compare(exam.teacher, seen, exam.test), run.request.seed)
+
+    return forms.measured(run.student, best, answers.read_plan(done).output, measure)
 
 
 def _align(

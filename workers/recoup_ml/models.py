@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -90,6 +91,18 @@ def load(folder: Path) -> PreTrainedModel:
     _check_finite(model, folder)
     _check_head(model.eval(), folder)
     return model
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").exists()
+
+
+def load_trained(student: Path, checkpoint: Path) -> PreTrainedModel:
+    """The student with its trained adapter inside, or the trained model itself."""
+    if is_adapter(checkpoint):
+        adapted = PeftModel.from_pretrained(load(student), checkpoint)
+        return adapted.get_base_model().eval()
+    return load(checkpoint)
 
 
 def is_quantized(model: PreTrainedModel) -> bool:

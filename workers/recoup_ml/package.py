@@ -111,7 +111,9 @@ def _line(item: Encoded, **more: Sequence[int]) -> str:
 def _write_weights(run: Run, done: Done, folder: Path) -> None:
     plan, best = answers.read_plan(done), distil.best(done)
     assert best is not None
-    if plan.output == "merged" and (best / "adapter_config.json").exists():
+    if changed := evaluate.handed_over(done):
+        shutil.copytree(changed, folder, dirs_exist_ok=True)
+    elif plan.output == "merged" and models.is_adapter(best):
         merged = PeftModel.from_pretrained(models.load(run.student), best).merge_and_unload()
         merged.save_pretrained(folder)
     else:

@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from recoup.schemas import Estimate, Outcome, Report, Stopped
 from recoup_ml import plots
+from recoup_ml.plan import Form
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,11 @@ PHASES: Final = {
     "rewrites": "references in the teacher's words",
     "references": "references as they are",
 }
+FORMS: Final[dict[Form, str]] = {
+    "adapter": "an adapter beside the packed weights",
+    "merged": "both in one model of plain numbers",
+    "requantized": "that model, packed again",
+}
 STOPPED: Final[dict[Stopped, str]] = {
     "steps": "all steps taken",
     "gap_closed": "the gap was closed",
@@ -70,6 +76,7 @@ def html_page(report: Report) -> str:
             diagonal_svg=_inline(plots.alignment_diagonal(report.alignment)),
             heatmap_svg=_inline(plots.alignment_heatmap(report.alignment)),
             ink=plots.INK,
+            FORMS=FORMS,
             PHASES=PHASES,
             STOPPED=STOPPED,
         )

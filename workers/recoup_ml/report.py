@@ -37,6 +37,7 @@ def assemble(run: Run, journal: Journal, done: Done) -> Report:
         training=training,
         repairs=baselines.shown(done),
         baseline=evaluation.baseline,
+        forms=evaluation.forms,
         alignment=evaluate.read_alignment(done),
         samples=evaluation.samples,
         cost=_cost(journal, done, diagnosis, training),

@@ -77,6 +77,7 @@ def recipe_script(report: Report, plan: Plan, request: CreateRecovery, patched: 
         by_teacher=any(phase.data in {"teacher", "student", "demonstrated"} for phase in phases),
         shown=any(phase.data == "demonstrated" for phase in phases),
         keep=training.keep_answers > 0,
+        merges=plan.output == "merged" and not report.forms,
         **_rollouts(phases, request),
     )
 
@@ -136,11 +137,13 @@ def _about(training: TrainingReport, phases: Sequence[_Phase], start: Start) -> 
 def _facts(report: Report, training: TrainingReport) -> list[str]:
     made, versions = report.provenance, report.provenance.versions
     repair = [] if training.started_from == "student" else [f"Repaired before by {training.started_from}"]
+    form = next((form.form for form in report.forms if form.handed_over and form.form != "adapter"), None)
     return [
         f"Recovery {report.recovery} of {day(report.created_at)}: {report.outcome}. {report.reason}",
         f"Student {made.student}, sha256 of its weights {made.student_sha256}",
         *repair,
         f"Teacher {made.teacher}, sha256 of its weights {made.teacher_sha256}",
+        *([f"Handed over {form}; this script leaves the adapter that came before that"] if form else []),
         "With " + ", ".join(f"{name} {version}" for name, version in versions.items()),
     ]
 

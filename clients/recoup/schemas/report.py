@@ -191,6 +191,20 @@ class Baseline(Output):
     """Recovered fraction of the trained student minus that of the repair, over the same sequences."""
 
 
+class OutputForm(Output):
+    """A form in which a packed student's recovery can be handed over, measured on test."""
+
+    form: Literal["adapter", "merged", "requantized"]
+    kl: float | None
+    """Mean token KL to the teacher, nats."""
+    recovered: Estimate | None
+    """Recovered fraction of the KL gap."""
+    bytes: int
+    """Of its weight files; an adapter's with those of the student that it needs."""
+    handed_over: bool
+    """Whether it is the one that the verdict is on."""
+
+
 class AlignmentState(Output):
     """CKA of a student's layers with the teacher's, at one moment."""
 
@@ -276,6 +290,8 @@ class Report(Output):
     """Training-free repairs that were tried, best first."""
     baseline: Baseline | None
     """Null where no repair applies, where none was asked for, or where a repair is the method."""
+    forms: list[OutputForm]
+    """What each form of a packed student's recovery costs; empty for other students."""
     alignment: Alignment
     samples: list[Sample]
     cost: Cost

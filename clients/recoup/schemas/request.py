@@ -202,8 +202,9 @@ class AlignmentSpec(Input):
 
 
 class OutputSpec(Input):
-    kind: Literal["auto", "adapter", "merged"] = "auto"
-    """`adapter`: a PEFT folder for the student; `merged`: a whole model."""
+    kind: Literal["auto", "adapter", "merged", "requantized"] = "auto"
+    """`adapter`: a PEFT folder for the student; `merged`: a whole model, of plain numbers; `requantized`: a
+    whole model, packed as the student was. A packed student's report says what each of them costs."""
     name: Name | None = None
 
 
