@@ -2,11 +2,15 @@
 
 It runs one claimed recovery and writes the end of it into the ledger. An error that the
 recovery can explain fails the job at once; anything else is a bug or a broken machine, and
-the job is tried again a few times. Killed, it leaves its committed stages behind.
+the job is tried again a few times. Killed, it leaves its committed stages behind, and of the
+unfinished one what its successor goes on from. SIGTERM asks it to stop: it makes safe what it has,
+and exits with a code of its own (`exits.py`).
 """
 
 import shutil
+import signal
 import sys
+import threading
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,27 +25,37 @@ from recoup_jobs.preflight import preflight
 from recoup_jobs.processes import die_with_parent, die_with_stdin
 from recoup_jobs.settings import Settings
 from recoup_jobs.sources import locate
+from recoup_ml.run import Interrupted
+from recoup_worker import exits
 from recoup_worker.journal import LedgerJournal
 
 if TYPE_CHECKING:
     from recoup_ml.run import Run
 
 
-def main() -> None:
+def main() -> int:
+    stopping = threading.Event()
+    signal.signal(signal.SIGTERM, lambda _number, _frame: stopping.set())
     die_with_parent()
     die_with_stdin()
     settings = Settings()
     ledger = open_ledger(settings)
     job_id, epoch = sys.argv[1], int(sys.argv[2])
-    run_claimed(Claim(job_id, epoch, ledger.get(job_id).request), ledger, settings)
+    claim = Claim(job_id, epoch, ledger.get(job_id).request)
+    return run_claimed(claim, ledger, settings, stopping)
 
 
-def run_claimed(claim: Claim, ledger: Ledger, settings: Settings) -> None:
-    """Runs the recovery and ends the job: succeeded with an outcome, or failed with a code."""
+def run_claimed(claim: Claim, ledger: Ledger, settings: Settings, stopping: threading.Event) -> int:
+    """Runs the recovery and ends the job: succeeded with an outcome, or failed with a code.
+
+    Answers the exit code; where it was stopped, the job is not ended.
+    """
     from recoup_ml.errors import RecoveryError
 
     try:
-        _recover(claim, ledger, settings)
+        _recover(claim, ledger, settings, stopping)
+    except Interrupted:
+        return exits.STOPPED
     except StaleClaim:
         raise
     except RecoveryError as error:
@@ -51,12 +65,13 @@ def run_claimed(claim: Claim, ledger: Ledger, settings: Settings) -> None:
     except Exception as error:
         traceback.print_exc()
         ledger.fail(claim, "internal_error", f"{type(error).__name__}: {error}", retry=True)
+    return exits.ENDED
 
 
-def _recover(claim: Claim, ledger: Ledger, settings: Settings) -> None:
+def _recover(claim: Claim, ledger: Ledger, settings: Settings, stopping: threading.Event) -> None:
     from recoup_ml.recipe import recover
 
-    journal = LedgerJournal(ledger, claim, settings)
+    journal = LedgerJournal(ledger, claim, settings, stopping)
 
     def check(_folder: Path) -> None:
         preflight(claim.request, ledger, settings)
@@ -100,4 +115,4 @@ def _clear_work(package: Path, settings: Settings, claim: Claim) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
