@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from recoup_ml import distil
+from recoup_ml import distil, durable
 from recoup_ml.recipe import recover
-from recoup_ml.run import Run
+from recoup_ml.run import Interrupted, Run
 from recoup_ml.weights import Weights
 
 STEPS = 8
@@ -141,3 +141,45 @@ def test_whatever_trains_goes_on_where_it_was(
 ) -> None:
     points = kill_points(trains)[2:3]
     kill_and_go_on(prepare("off_policy", trains), points, open_journal, tmp_path / "killed")
+
+
+def test_a_training_that_is_asked_to_stop_goes_on_with_the_next_step(
+    prepare: Callable[..., Prepared], open_journal: type, tmp_path: Path
+) -> None:
+    prepared, place = prepare("on_policy"), tmp_path / "stopped"
+    stopped, again = (open_journal(prepared.copy(place), "distil", 3, stops=True), open_journal(place))
+    with pytest.raises(Interrupted):
+        train(prepared.run, stopped)
+    train(prepared.run, again)
+    assert (steps_told(stopped), steps_told(again)) == ([1, 2, 3], [4, 5, 6, 7, 8])
+    assert_same(place, prepared.whole)
+
+
+def test_a_crash_between_snapshot_and_checkpoint_costs_no_checkpoint(
+    prepare: Callable[..., Prepared], open_journal: type, tmp_path: Path
+) -> None:
+    prepared = prepare("off_policy")
+    assert outcome(prepared.whole)["checkpoints"][-1]["chosen"]
+    place = prepared.copy(tmp_path / "crashed")
+    with pytest.raises(Interrupted):
+        train(prepared.run, open_journal(place, "distil", STEPS, stops=True))
+    shutil.rmtree(place / ".distil" / durable.UNFINISHED / distil.BEST)
+    train(prepared.run, open_journal(place))
+    assert_same(place, prepared.whole)
+
+
+def test_a_recovery_that_is_asked_to_stop_while_answers_are_made_stops(
+    prepare: Callable[..., Prepared], open_journal: type, tmp_path: Path
+) -> None:
+    prepared = prepare("off_policy")
+    shutil.copytree(prepared.place / "diagnose", tmp_path / "diagnose")
+    with pytest.raises(Interrupted):
+        recover(prepared.run, open_journal(tmp_path, "generate", stops=True))
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / ".generate").rglob("*.safetensors")}
+    assert len(kept) == 1
+    with pytest.raises(ConnectionResetError):
+        recover(prepared.run, open_journal(tmp_path, "distil"))
+    for name in ("train.jsonl", "train.safetensors", "validation.jsonl", "validation.safetensors"):
+        found, whole = (place / "generate" / name for place in (tmp_path, prepared.place))
+        assert found.read_bytes() == whole.read_bytes()
+    assert not (tmp_path / "generate" / durable.UNFINISHED).exists()

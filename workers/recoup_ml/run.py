@@ -32,6 +32,8 @@ class Run:
     """Texts for bits per character; empty: text that Python carries."""
     vllm_url: str | None
     """A server that answers for the teacher; none: the teacher answers in this process."""
+    answers: Path | None = None
+    """The folder of the cache of servers' answers, shared by recoveries; none: nothing is remembered."""
 
     @property
     def prompt_tokens(self) -> int:

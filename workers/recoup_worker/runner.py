@@ -29,6 +29,9 @@ from recoup_ml.run import Interrupted
 from recoup_worker import exits
 from recoup_worker.journal import LedgerJournal
 
+ANSWERS = "answers"
+"""The folder, below home, of servers' answers that recoveries share."""
+
 if TYPE_CHECKING:
     from recoup_ml.run import Run
 
@@ -100,6 +103,7 @@ def _run(claim: Claim, ledger: Ledger, settings: Settings) -> "Run":
         ],
         natural_text=load_text(ledger, settings, text) if text else [],
         vllm_url=settings.vllm_urls[0] if settings.vllm_urls else None,
+        answers=settings.home / ANSWERS,
     )
 
 
