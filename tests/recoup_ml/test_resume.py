@@ -38,6 +38,9 @@ TRAINABLE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
+MORE_TRAINABLE = ["dora", "full", "norms", "masked lora", "repaired"]
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A recovery that stands before its distil stage, and what comes of that stage undisturbed."""
@@ -135,7 +138,10 @@ def test_five_kills_change_no_bit(
     kill_and_go_on(prepare(method), kill_points(method), open_journal, tmp_path / "killed")
 
 
-@pytest.mark.parametrize("trains", sorted({*TRAINABLE} - {"lora"}))
+@pytest.mark.parametrize(
+    "trains",
+    ["masked full", *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_TRAINABLE)],
+)
 def test_whatever_trains_goes_on_where_it_was(
     trains: str, prepare: Callable[..., Prepared], open_journal: type, tmp_path: Path
 ) -> None:

@@ -4,9 +4,10 @@ It runs one claimed recovery and writes the end of it into the ledger. An error 
 recovery can explain fails the job at once; anything else is a bug or a broken machine, and
 the job is tried again a few times. Killed, it leaves its committed stages behind, and of the
 unfinished one what its successor goes on from. SIGTERM asks it to stop: it makes safe what it has,
-and exits with a code of its own (`exits.py`).
+publishes the best checkpoint if the job is being cancelled, and exits with a code of its own (`exits.py`).
 """
 
+import os
 import shutil
 import signal
 import sys
@@ -25,6 +26,7 @@ from recoup_jobs.preflight import preflight
 from recoup_jobs.processes import die_with_parent, die_with_stdin
 from recoup_jobs.settings import Settings
 from recoup_jobs.sources import locate
+from recoup_ml.durable import UNFINISHED
 from recoup_ml.run import Interrupted
 from recoup_worker import exits
 from recoup_worker.journal import LedgerJournal
@@ -58,6 +60,8 @@ def run_claimed(claim: Claim, ledger: Ledger, settings: Settings, stopping: thre
     try:
         _recover(claim, ledger, settings, stopping)
     except Interrupted:
+        if ledger.get(claim.job_id).state == "cancelling":
+            _publish_best(claim, ledger, settings)
         return exits.STOPPED
     except StaleClaim:
         raise
@@ -83,6 +87,21 @@ def _recover(claim: Claim, ledger: Ledger, settings: Settings, stopping: threadi
     outcome = recover(_run(claim, ledger, settings), journal)
     ledger.succeed(claim, outcome)
     _clear_work(settings.stage_folder(ledger.committed(claim.job_id)["package"]), settings, claim)
+
+
+def _publish_best(claim: Claim, ledger: Ledger, settings: Settings) -> None:
+    """Makes the best checkpoint so far, if there is one, what the job hands over."""
+    from recoup_ml import distil, package
+
+    committed = ledger.committed(claim.job_id).get("distil")
+    unfinished = f"{claim.job_id}/e{claim.epoch}/distil/{UNFINISHED}"
+    best = settings.stage_folder(committed or unfinished) / distil.BEST
+    if best.exists():
+        run, journal = (
+            _run(claim, ledger, settings),
+            LedgerJournal(ledger, claim, settings, threading.Event()),
+        )
+        journal.stage("package", lambda folder: package.checkpoint(run, journal, best, folder))
 
 
 def _run(claim: Claim, ledger: Ledger, settings: Settings) -> "Run":
@@ -119,4 +138,7 @@ def _clear_work(package: Path, settings: Settings, claim: Claim) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # the thread that waits at standard input holds its lock, on which a plain exit aborts
