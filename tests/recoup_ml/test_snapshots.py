@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from recoup_ml.snapshots import Snapshot, Snapshots, dice, moments, restore_dice, restore_moments
+from recoup_ml.snapshots import (
+    EVERY_SECONDS,
+    Snapshot,
+    Snapshots,
+    dice,
+    moments,
+    restore_dice,
+    restore_moments,
+)
 
 
 class Clock:
@@ -55,13 +63,12 @@ def test_a_draft_is_no_snapshot(tmp_path: Path) -> None:
 
 def test_snapshots_are_due_when_the_last_is_a_while_ago_and_when_the_run_shall_stop(tmp_path: Path) -> None:
     clock, stop = Clock(), []
-    kept = Snapshots(tmp_path, lambda: bool(stop), every_seconds=60, clock=clock)
+    kept = Snapshots(tmp_path, lambda: bool(stop), clock)
     assert not kept.due()
-    clock.now = 60
+    clock.now = EVERY_SECONDS
     assert kept.due()
     kept.write(1, snapshot(1.0))
-    assert not kept.due()
-    clock.now = 119
+    clock.now = 2 * EVERY_SECONDS - 1
     assert not kept.due()
     stop.append(True)
     assert kept.due()

@@ -52,7 +52,7 @@ def package(run: Run, journal: Journal, done: Done, folder: Path) -> None:
 
 
 def checkpoint(run: Run, journal: Journal, best: Path, folder: Path) -> None:
-    """Publishes the best checkpoint of a recovery that was given up: unproven, and so without report or card."""
+    """Publishes the best checkpoint of a recovery that was given up: unproven, so without a report."""
     weights = folder / CHECKPOINT
     shutil.copytree(best, weights, ignore=shutil.ignore_patterns("README.md"))
     if (weights / ADAPTER_FILES[0]).exists():

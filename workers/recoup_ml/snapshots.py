@@ -1,10 +1,10 @@
 """All that a training needs to go on as if nothing had happened, at a step's end, on the disk.
 
 A snapshot is one safetensors file: weights that train, the optimizer's moments and the states of
-the random generators as tensors; in its header, as JSON, where training stands and where each
-course is. Nothing is pickled. The learning rate needs no state, being a function of the step.
-On a CPU a run that was killed and goes on from a snapshot ends in the same bits as one that ran
-through.
+the random generators as tensors and, as JSON in a tensor of bytes (a header is bounded, rollouts
+are not), where training stands and where each course is. Nothing is pickled. The learning rate
+needs no state, being a function of the step. On a CPU a run that was killed and goes on from a
+snapshot ends in the same bits as one that ran through.
 
 The newest snapshot replaces the one before. That happens after every validation, when the last is
 a while ago, and when the run is asked to stop.
@@ -28,9 +28,10 @@ from recoup_ml import durable
 
 FORMAT = "1"
 """A snapshot of another format is of another release, and is passed over."""
+STATE = "state"
 EVERY_SECONDS = 300.0
 """How much of a training a crash may cost."""
-LEAST_SHARE = 20
+LEAST_RATIO = 20
 """Training between two snapshots takes at least so many times as long as writing one."""
 
 
@@ -63,12 +64,10 @@ class Snapshots:
         self,
         folder: Path,
         stopping: Callable[[], bool] = lambda: False,
-        every_seconds: float = EVERY_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._folder, self.stopping, self._clock = folder, stopping, clock
-        self._every = every_seconds
-        self._due = clock() + every_seconds
+        self._due = clock() + EVERY_SECONDS
 
     def newest(self) -> Snapshot | None:
         """The snapshot to go on from; none where there is none that can be read."""
@@ -82,14 +81,14 @@ class Snapshots:
         """Keeps this snapshot, taken after `step` steps, in place of all others."""
         began = self._clock()
         target = self._folder / f"step-{step:09d}.safetensors"
-        header = {"format": FORMAT, "state": json.dumps(snapshot.state)}
         tensors = {name: tensor.contiguous() for name, tensor in snapshot.tensors.items()}
-        durable.place(target, lambda aside: save_file(tensors, aside, header))
+        tensors[STATE] = torch.frombuffer(bytearray(json.dumps(snapshot.state).encode()), dtype=torch.uint8)
+        durable.place(target, lambda aside: save_file(tensors, aside, {"format": FORMAT}))
         for other in self._folder.glob("step-*.safetensors"):
             if other != target:
                 other.unlink()
         took = self._clock() - began
-        self._due = self._clock() + max(self._every, LEAST_SHARE * took)
+        self._due = self._clock() + max(EVERY_SECONDS, LEAST_RATIO * took)
 
 
 def moments(optimizer: torch.optim.Optimizer, names: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -138,6 +137,7 @@ def _read(path: Path) -> Snapshot | None:
             header = file.metadata() or {}
         if header.get("format") != FORMAT:
             return None
-        return Snapshot(load_file(path), json.loads(header["state"]))
+        tensors = load_file(path)
+        return Snapshot(tensors, json.loads(tensors.pop(STATE).numpy().tobytes()))
     except SafetensorError:
         return None
