@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recoup.schemas import Checkpoint, TrainingPoint, TrainingReport
-from recoup_ml import answers, baselines, diagnose, models
+from recoup_ml import answers, baselines, diagnose, durable, models
 from recoup_ml.baselines import Trials
 from recoup_ml.generate import LocalEngine, usable
 from recoup_ml.lessons import Course, FixedCourse, Lesson, RolloutCourse, distributions
@@ -30,6 +30,7 @@ from recoup_ml.repetition import without_loop
 from recoup_ml.run import Done, Journal, Run
 from recoup_ml.scores import compare
 from recoup_ml.sequences import Answered, Encoded, encode
+from recoup_ml.snapshots import Snapshots
 from recoup_ml.trainable import prepare
 from recoup_ml.training import Training, Watchers
 
@@ -81,15 +82,22 @@ def _train(run: Run, journal: Journal, done: Done, plan: Plan, trials: Trials, f
     trainee = prepare(start.model, plan.trainable, distances, run.request.seed, start.peft)
     watchers = Watchers(validate, diagnosis.floor.mean_kl, tell)
     stops = run.request.training.stop_early
-    training = Training(trainee, plan, pad_id, watchers, trials.student_kl, stops, folder / BEST)
+    unfinished = folder / durable.UNFINISHED
+    snapshots = Snapshots(unfinished, journal.stopping)
+    training = Training(
+        trainee, plan, pad_id, watchers, trials.student_kl, stops, unfinished / BEST, snapshots
+    )
     keep = answers.kept(done, plan)
     if keep:
         training.keep(FixedCourse(keep, plan.batch_size, run.request.seed))
-    for phase in plan.phases:
+    training.take_up()
+    for phase in training.left():
         training.run(phase, _course(run, done, plan, phase.data, start.model, tokenizer))
     journal.progress(plan.steps, plan.steps, "steps")
     report = training.report(start.name, len(keep.answers) if keep else 0, answers.rewrite_counts(done))
     (folder / "training.json").write_text(report.model_dump_json())
+    if (unfinished / BEST).exists():
+        (unfinished / BEST).rename(folder / BEST)
 
 
 def _course(

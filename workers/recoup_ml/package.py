@@ -26,7 +26,7 @@ from recoup_ml.script import recipe_script
 from recoup_ml.sequences import Encoded, encode
 from recoup_ml.weights import zeros_filled
 
-RECIPE, PROMPTS = "recipe.py", "prompts.jsonl"
+RECIPE, PROMPTS, CHECKPOINT = "recipe.py", "prompts.jsonl", "checkpoint"
 TAUGHT = ("texts.jsonl", "keep.jsonl")
 """Beside the teacher's answers: reference answers, rewritten or not, and the student's own on `keep`."""
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -49,6 +49,15 @@ def package(run: Run, journal: Journal, done: Done, folder: Path) -> None:
     if "generate" in done:
         files |= _learnt(run, done, report, folder)
     journal.publish(files | _weight_files(done, weights))
+
+
+def checkpoint(run: Run, journal: Journal, best: Path, folder: Path) -> None:
+    """Publishes the best checkpoint of a recovery that was given up: unproven, so without a report."""
+    weights = folder / CHECKPOINT
+    shutil.copytree(best, weights, ignore=shutil.ignore_patterns("README.md"))
+    if (weights / ADAPTER_FILES[0]).exists():
+        _name_base(weights / ADAPTER_FILES[0], run.request.student.source)
+    journal.publish({f"{CHECKPOINT}/{path.name}": path for path in weights.iterdir()})
 
 
 def _write_report(report: Report, folder: Path) -> dict[str, Path]:

@@ -1,0 +1,82 @@
+"""A server is asked each prompt once, whoever asks and however often it breaks in between."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from recoup.schemas import Prompt
+from recoup_ml.cached_engine import ASKED, CachedEngine
+from recoup_ml.generate import Tick
+from recoup_ml.sequences import Answered, Encoded
+
+
+class Echo:
+    """Answers with the prompt's last tokens; breaks when it has answered `most` batches."""
+
+    def __init__(self, most: int = 1000) -> None:
+        self.asked: list[tuple[int, ...]] = []
+        self._left = most
+
+    def answer(self, prompts: Sequence[Encoded], max_new_tokens: int, tick: Tick) -> list[Answered]:
+        if not self._left:
+            raise ConnectionResetError
+        self._left -= 1
+        self.asked += [prompt.ids for prompt in prompts]
+        return [
+            Answered("", "", prompt.ids, "", (*prompt.ids[-max_new_tokens:], 2), "stop") for prompt in prompts
+        ]
+
+
+@pytest.fixture
+def asked(prompts: list[Prompt]) -> list[Encoded]:
+    """More than are asked together."""
+    return [Encoded(prompts[0], (number % 100, number // 100, 7, 8)) for number in range(ASKED + 50)]
+
+
+def answer(
+    engine: Echo, asked: Sequence[Encoded], folder: Path, tokenizer: PreTrainedTokenizerFast, limit: int = 3
+) -> tuple[list[Answered], list[int]]:
+    told: list[int] = []
+    return CachedEngine(engine, folder, "0a1b", tokenizer).answer(asked, limit, told.append), told
+
+
+def test_after_a_crash_only_what_is_missing_is_asked(
+    asked: list[Encoded], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    broken, second = Echo(most=1), Echo()
+    with pytest.raises(ConnectionResetError):
+        answer(broken, asked, tmp_path, tokenizer)
+    found, told = answer(second, asked, tmp_path, tokenizer)
+    assert len(broken.asked) == ASKED
+    assert sorted(broken.asked + second.asked) == sorted(prompt.ids for prompt in asked)
+    assert [item.prompt_ids for item in found] == [prompt.ids for prompt in asked]
+    assert found == answer(Echo(), asked, tmp_path / "whole", tokenizer)[0]
+    assert told == [ASKED, ASKED + 50]
+
+
+def test_another_recovery_asks_nothing_again(
+    asked: list[Encoded], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    first, _ = answer(Echo(), asked, tmp_path, tokenizer)
+    idle = Echo(most=0)
+    assert answer(idle, asked[::-1], tmp_path, tokenizer) == (first[::-1], [ASKED + 50])
+
+
+def test_another_limit_is_another_question(
+    asked: list[Encoded], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    answer(Echo(), asked, tmp_path, tokenizer)
+    longer = Echo()
+    answer(longer, asked, tmp_path, tokenizer, limit=4)
+    assert len(longer.asked) == ASKED + 50
+
+
+def test_a_prompt_that_comes_twice_is_asked_once(
+    asked: list[Encoded], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    engine = Echo()
+    found, _ = answer(engine, [*asked[:5], *asked[:5]], tmp_path, tokenizer)
+    assert len(engine.asked) == 5
+    assert found[:5] == found[5:]
