@@ -32,6 +32,8 @@ def print_verdict(report: Report, console: Console) -> None:
     for line in verdict_lines(report):
         console.print(Text(line), soft_wrap=True)
     console.print(verdict_table(report))
+    for line in trajectory_lines(report.training):
+        console.print(Text(line), soft_wrap=True)
     for remark in report.remarks:
         console.print(Text(f"note: {clean(remark)}"), soft_wrap=True)
 
@@ -55,6 +57,16 @@ def _baseline_lines(baseline: Baseline | None) -> list[str]:
     return [
         f"best without training: {clean(baseline.label)}: {_estimate(baseline.recovered)}{kept}",
         f"lead over it: {_estimate(baseline.lead)}",
+    ]
+
+
+def trajectory_lines(training: TrainingReport | None) -> list[str]:
+    """How alignment went with recovery along the training, where that was measured."""
+    found = training.trajectory.correlations if training and training.trajectory else []
+    return [
+        f"along the training, alignment ({clean(item.alignment)}) with recovery: "
+        f"Spearman {_estimate(item.spearman)}, Kendall {_estimate(item.kendall)}, n = {item.n}"
+        for item in found
     ]
 
 

@@ -85,6 +85,7 @@ def test_prompts_that_were_never_uploaded(refusal, body):
         ({"training": {"learning_rate": 0}}, "/training/learning_rate"),
         ({"training": {"lora": {"targets": ["A B"]}}}, "/training/lora/targets/0"),
         ({"damage": "rust"}, "/damage"),
+        ({"alignment": {"every_steps": 0}}, "/alignment/every_steps"),
         ({"prompts": 5}, "/prompts"),
         ({"prompts": {}}, "/prompts/file"),
         ({"prompts": {"file": "../x"}}, "/prompts/file"),

@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from recoup.schemas import Alignment, Baseline, Estimate, Measure, Outcome, Sample
+from recoup.schemas import Alignment, Baseline, Estimate, Measure, Outcome, Sample, TrainingReport
 from recoup_ml import alignment, baselines, diagnose, distil, measures, models, results, verdict
 from recoup_ml.alignment import States
 from recoup_ml.diagnose import Exam
@@ -54,7 +54,11 @@ def evaluate(run: Run, journal: Journal, done: Done, folder: Path) -> None:
         measures=found,
         baseline=baseline,
         samples=_samples(probe, diagnosis, after),
-        remarks=[*_remarks(found, aligned, exam, baseline), *out_of_reach(found, short)],
+        remarks=[
+            *_remarks(found, aligned, exam, baseline),
+            *out_of_reach(found, short),
+            *along_the_way(distil.read(done) if "distil" in done else None),
+        ],
     )
     results.write(folder / "evaluation.json", evaluation)
     (folder / "alignment.json").write_text(aligned.model_dump_json())
@@ -81,7 +85,7 @@ def _align(
 ) -> Alignment:
     names = ("teacher", "before", "ceiling")
     teacher, before, ceiling = (load_states(diagnosed / f"{name}-states.safetensors") for name in names)
-    layer_map = [(0, 0), *((mine + 1, theirs + 1) for mine, theirs in diagnosis.damage.layer_map)]
+    layer_map = alignment.with_embeddings(diagnosis.damage.layer_map)
     states = States(teacher, before, after, ceiling)
     return alignment.align(states, exam.positions, layer_map, run.request.seed)
 
@@ -139,6 +143,25 @@ def disagreements(divergence: Estimate | None, aligned: Alignment) -> list[str]:
         for name, share in shares.items()
         if direction(share) * direction(divergence) < 0
     ]
+
+
+def along_the_way(training: TrainingReport | None) -> list[str]:
+    """A sentence for each alignment that went against recovery over the course of training."""
+    found = training.trajectory.correlations if training and training.trajectory else []
+    return [
+        f"Measures disagree along the training: over {item.n} points the "
+        f"{'mean alignment' if item.alignment == 'mean' else 'alignment of the last layer'} went against "
+        f"recovery, Spearman {rank.value:.2f} ({_certainty(rank)}). Trust the divergence."
+        for item in found
+        if (rank := item.spearman) and rank.value < 0
+    ]
+
+
+def _certainty(rank: Estimate) -> str:
+    if rank.low is None or rank.high is None:
+        return "no interval can be given"
+    chance = "" if direction(rank) else ", which may be chance"
+    return f"95 % interval {rank.low:.2f} to {rank.high:.2f}{chance}"
 
 
 def out_of_reach(found: Sequence[Measure], short: Sequence[str]) -> list[str]:

@@ -25,6 +25,7 @@ from recoup_ml.sequences import Answered, Batch, batches, packs
 from recoup_ml.stopping import PATIENCE, reason_to_stop
 from recoup_ml.targets import join
 from recoup_ml.trainable import Trainee
+from recoup_ml.trajectory import Recorder
 
 WARMUP_SHARE, FINAL_SHARE = 0.1, 0.1
 MAX_GRADIENT_NORM = 1.0
@@ -42,6 +43,8 @@ class Watchers:
     floor: float
     """Of the teacher to itself after rounding, nats."""
     tell: Callable[[TrainingPoint | Checkpoint], None]
+    recorder: Recorder | None = None
+    """Looks in place of `validate` where alignment is measured along the way."""
 
 
 @dataclass
@@ -80,6 +83,8 @@ class Training:
         """Takes the steps of a phase, fewer if validation says so."""
         began, before, tokens, stopped = time.monotonic(), len(self._curve), 0, "steps"
         when = validation_steps(phase.steps)
+        if self.watchers.recorder and not self._curve:
+            self._kl()
         for step in range(1, phase.steps + 1):
             lessons = [course.next(), *([self._keep.next()] if self._keep else [])]
             loss = self._step(lessons, phase.learning_rate * rate_share(step - 1, phase.steps))
@@ -87,9 +92,12 @@ class Training:
                 stopped = "diverged"
                 break
             tokens += sum(lesson.positions for lesson in lessons)
-            if step in when and (reason := self._validate(phase)):
-                stopped = reason
-                break
+            if step in when:
+                if reason := self._validate(phase):
+                    stopped = reason
+                    break
+            elif self.watchers.recorder and self.watchers.recorder.due(len(self._curve)):
+                self._kl()
         self._phases.append(
             PhaseReport(
                 data=phase.data,
@@ -122,6 +130,7 @@ class Training:
             rewrites=rewrites,
             curve=self._curve,
             checkpoints=self._checkpoints,
+            trajectory=self.watchers.recorder and self.watchers.recorder.trajectory(),
         )
 
     def _step(self, lessons: Sequence[Lesson], rate: float) -> float:
@@ -150,9 +159,7 @@ class Training:
 
     def _validate(self, phase: Phase) -> Stopped | None:
         """Adds a checkpoint, saved and marked as chosen if it is the best so far; says whether to stop."""
-        self.trainee.model.eval()
-        with parametrize.cached():
-            kl = self.watchers.validate(self.trainee.model)
+        kl = self._kl()
         finite = [point.validation_kl for point in self._checkpoints if point.validation_kl is not None]
         chosen = math.isfinite(kl) and kl < min(finite, default=math.inf)
         if chosen:
@@ -168,6 +175,12 @@ class Training:
             return None
         patience = 1 if phase.probation else PATIENCE
         return reason_to_stop(self.before, self.watchers.floor, [*finite, kl], patience)
+
+    def _kl(self) -> float:
+        """Validation KL of the student as it is now."""
+        model, recorder = self.trainee.model.eval(), self.watchers.recorder
+        with parametrize.cached():
+            return recorder.look(model, len(self._curve)) if recorder else self.watchers.validate(model)
 
 
 def learn(student: PreTrainedModel, lesson: Lesson, divergence: Divergence, pieces: Iterable[Batch]) -> float:

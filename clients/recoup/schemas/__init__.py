@@ -24,6 +24,7 @@ from recoup.schemas.recovery import (
 )
 from recoup.schemas.report import (
     Alignment,
+    AlignmentPoint,
     AlignmentState,
     Baseline,
     Checkpoint,
@@ -34,6 +35,7 @@ from recoup.schemas.report import (
     Measure,
     PhaseReport,
     Provenance,
+    RankCorrelation,
     Report,
     RewriteCounts,
     Sample,
@@ -41,6 +43,7 @@ from recoup.schemas.report import (
     Stopped,
     TrainingPoint,
     TrainingReport,
+    Trajectory,
     TriedRepair,
 )
 from recoup.schemas.request import (
@@ -68,6 +71,7 @@ from recoup.schemas.request import (
 __all__ = [
     "TERMINAL_STATES",
     "Alignment",
+    "AlignmentPoint",
     "AlignmentSpec",
     "AlignmentState",
     "Artifact",
@@ -109,6 +113,7 @@ __all__ = [
     "Prompt",
     "PromptRow",
     "Provenance",
+    "RankCorrelation",
     "Recovery",
     "Report",
     "RewriteCounts",
@@ -123,5 +128,6 @@ __all__ = [
     "TrainingPoint",
     "TrainingReport",
     "TrainingSpec",
+    "Trajectory",
     "TriedRepair",
 ]

@@ -199,6 +199,9 @@ class EvaluationSpec(Input):
 class AlignmentSpec(Input):
     positions: Annotated[int, Field(ge=256, le=32_768)] = 4096
     """At most so many token positions enter CKA; its time grows with their square."""
+    every_steps: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    """Measure it on validation prompts during training, too: at each validation, and after every so many
+    steps. That changes nothing about the training."""
 
 
 class OutputSpec(Input):
