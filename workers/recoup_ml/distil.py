@@ -20,13 +20,14 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recoup.schemas import Checkpoint, DamageReport, TrainingPoint, TrainingReport
-from recoup_ml import answers, baselines, diagnose, models
+from recoup_ml import answers, baselines, diagnose, models, regulariser
 from recoup_ml.alignment import choose_positions, with_embeddings
 from recoup_ml.baselines import Trials
 from recoup_ml.generate import LocalEngine, usable
 from recoup_ml.lessons import Course, FixedCourse, Lesson, RolloutCourse, distributions
 from recoup_ml.observation import Observation, observe
 from recoup_ml.plan import DATA, Data, Plan
+from recoup_ml.regulariser import Regulariser
 from recoup_ml.repetition import without_loop
 from recoup_ml.run import Done, Journal, Run
 from recoup_ml.scores import compare
@@ -84,7 +85,8 @@ def _train(run: Run, journal: Journal, done: Done, plan: Plan, trials: Trials, f
     trainee = prepare(start.model, plan.trainable, distances, run.request.seed, start.peft)
     watchers = Watchers(validate, diagnosis.floor.mean_kl, tell, recorder)
     stops = run.request.training.stop_early
-    training = Training(trainee, plan, pad_id, watchers, trials.student_kl, stops, folder / BEST)
+    held = _regulariser(run, diagnosis.damage)
+    training = Training(trainee, plan, pad_id, watchers, trials.student_kl, stops, folder / BEST, held)
     keep = answers.kept(done, plan)
     if keep:
         training.keep(FixedCourse(keep, plan.batch_size, run.request.seed))
@@ -108,6 +110,15 @@ def _recorder(
     models.release()
     layer_map = with_embeddings(damage.layer_map)
     return Recorder(every, validation, replace(teacher, states=states), positions, layer_map, pad_id)
+
+
+def _regulariser(run: Run, damage: DamageReport) -> Regulariser | None:
+    """The teacher beside the student, if the request weighs how alike their hidden states are."""
+    spec = run.request.alignment
+    if not regulariser.wanted(spec):
+        return None
+    layer_map = regulariser.compared(spec, damage.layer_map)
+    return Regulariser(models.load(run.teacher), layer_map, spec.weight, spec.hidden_weight)
 
 
 def _course(

@@ -7,6 +7,7 @@ What is learnt comes from a course (`lessons.py`), what trains is the trainee's 
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from recoup_ml.fused import hidden_divergence
 from recoup_ml.lessons import Course, Lesson
 from recoup_ml.models import can_pack, head, last_hidden
 from recoup_ml.plan import Phase, Plan
+from recoup_ml.regulariser import Regulariser
 from recoup_ml.sequences import Answered, Batch, batches, packs
 from recoup_ml.stopping import PATIENCE, reason_to_stop
 from recoup_ml.targets import join
@@ -63,6 +65,8 @@ class Training:
     """Validation KL of the student before anything was done to it, nats."""
     stops_early: bool
     best: Path
+    regulariser: Regulariser | None = None
+    """Acts on what is learnt from the teacher, not on `keep`."""
     _keep: Course | None = None
     _curve: list[TrainingPoint] = field(default_factory=list)
     _checkpoints: list[Checkpoint] = field(default_factory=list)
@@ -101,9 +105,7 @@ class Training:
         self._phases.append(
             PhaseReport(
                 data=phase.data,
-                objective="cross_entropy"
-                if phase.data in {"rewrites", "references"}
-                else str(self.plan.divergence),
+                objective=self._objective(phase),
                 learning_rate=phase.learning_rate,
                 planned_steps=phase.steps,
                 steps=len(self._curve) - before,
@@ -133,10 +135,15 @@ class Training:
             trajectory=self.watchers.recorder and self.watchers.recorder.trajectory(),
         )
 
+    def _objective(self, phase: Phase) -> str:
+        texts = phase.data in {"rewrites", "references"}
+        objective = "cross_entropy" if texts else str(self.plan.divergence)
+        return f"{objective} + {self.regulariser}" if self.regulariser else objective
+
     def _step(self, lessons: Sequence[Lesson], rate: float) -> float:
         """One optimizer step on all lessons; returns the mean divergence of the first, nats a position."""
         self.trainee.model.train()
-        losses = [self._learn(lesson) for lesson in lessons]
+        losses = [self._learn(lessons[0], self.regulariser), *(self._learn(lesson) for lesson in lessons[1:])]
         if not all(map(math.isfinite, losses)):
             return math.nan
         self.trainee.mask_gradients()
@@ -150,12 +157,12 @@ class Training:
         self.watchers.tell(self._curve[-1])
         return losses[0]
 
-    def _learn(self, lesson: Lesson) -> float:
+    def _learn(self, lesson: Lesson, regulariser: Regulariser | None = None) -> float:
         tokens = MICRO_TOKENS[self.trainee.model.device.type]
         pieces = (
             packs(lesson.answers, tokens) if self._packs else batches(lesson.answers, self.pad_id, tokens)
         )
-        return learn(self.trainee.model, lesson, self.plan.divergence, pieces)
+        return learn(self.trainee.model, lesson, self.plan.divergence, pieces, regulariser)
 
     def _validate(self, phase: Phase) -> Stopped | None:
         """Adds a checkpoint, saved and marked as chosen if it is the best so far; says whether to stop."""
@@ -183,22 +190,30 @@ class Training:
             return recorder.look(model, len(self._curve)) if recorder else self.watchers.validate(model)
 
 
-def learn(student: PreTrainedModel, lesson: Lesson, divergence: Divergence, pieces: Iterable[Batch]) -> float:
+def learn(
+    student: PreTrainedModel,
+    lesson: Lesson,
+    divergence: Divergence,
+    pieces: Iterable[Batch],
+    regulariser: Regulariser | None = None,
+) -> float:
     """Adds the gradient of the lesson's mean divergence over its positions; returns it, nats.
 
-    The lesson's answers go through the student in `pieces`, one after another.
+    The lesson's answers go through the student in `pieces`, one after another. The gradient of a
+    `regulariser` is added, each piece by its share of the positions, and not its value to what is returned.
     """
     total = 0.0
     for piece in pieces:
         there = piece.to(student.device)
-        student_ND = last_hidden(student, there.ids_BT, there.mask_BT, there.places_BT)[there.answer_BT]
+        with regulariser.beside(student, there) if regulariser else nullcontext() as terms:
+            student_ND = last_hidden(student, there.ids_BT, there.mask_BT, there.places_BT)[there.answer_BT]
         target = join([lesson.targets[row] for row in piece.rows], student_ND)
         counted = [lesson.answers[row] for row in piece.rows]
         weights_N = torch.cat([_counts(answer, lesson.skip) for answer in counted]) / lesson.positions
         loss = hidden_divergence(
             student_ND, head(student), target, divergence, weights_N.to(student_ND.device)
         )
-        loss.backward()
+        (loss + terms() * float(weights_N.sum()) if terms else loss).backward()
         total += loss.item()
     return total
 
