@@ -45,7 +45,7 @@ def evaluate(run: Run, journal: Journal, done: Done, folder: Path) -> None:
         repaired, _ = diagnose.sit(baselines.repaired(run, done, rival), exam, probe, counter)
         names = rival.name, rival.label
         baseline = measures.baseline(names, diagnosis, after, repaired, exam.test, probe, seed)
-    aligned = _align(run, diagnosis, done["diagnose"], states, exam)
+    found_alignment = aligned(run, diagnosis, done["diagnose"], states, exam)
     outcome, reason = _verdict(run, diagnosis, found)
     short = measures.deficits(probe.tasks, diagnosis.teacher, after, seed) if after else []
     evaluation = Evaluation(
@@ -53,15 +53,15 @@ def evaluate(run: Run, journal: Journal, done: Done, folder: Path) -> None:
         reason=reason,
         measures=found,
         baseline=baseline,
-        samples=_samples(probe, diagnosis, after),
+        samples=samples(probe, diagnosis, after),
         remarks=[
-            *_remarks(found, aligned, exam, baseline),
+            *remarks(found, found_alignment, exam, baseline),
             *out_of_reach(found, short),
             *along_the_way(distil.read(done) if "distil" in done else None),
         ],
     )
     results.write(folder / "evaluation.json", evaluation)
-    (folder / "alignment.json").write_text(aligned.model_dump_json())
+    (folder / "alignment.json").write_text(found_alignment.model_dump_json())
 
 
 def read(done: Done) -> Evaluation:
@@ -80,7 +80,7 @@ def load_trained(student: Path, checkpoint: Path) -> PreTrainedModel:
     return models.load(checkpoint)
 
 
-def _align(
+def aligned(
     run: Run, diagnosis: Diagnosis, diagnosed: Path, after: list[Tensor] | None, exam: Exam
 ) -> Alignment:
     names = ("teacher", "before", "ceiling")
@@ -109,25 +109,25 @@ def _rival(done: Done) -> Repair | None:
     return trials and trials.best
 
 
-def _remarks(
-    found: Sequence[Measure], aligned: Alignment, exam: Exam, baseline: Baseline | None
+def remarks(
+    found: Sequence[Measure], alignment: Alignment, exam: Exam, baseline: Baseline | None
 ) -> list[str]:
     """What a reader must know beside the numbers, above all where they disagree."""
-    remarks = []
+    said = []
     cut = sum(answer.finish == "length" for answer in exam.test)
     if cut:
-        remarks.append(f"{cut} of {len(exam.test)} teacher answers were cut at generation.max_new_tokens.")
-    remarks += disagreements(found[0].recovered, aligned)
+        said.append(f"{cut} of {len(exam.test)} teacher answers were cut at generation.max_new_tokens.")
+    said += disagreements(found[0].recovered, alignment)
     if baseline and direction(baseline.lead) < 1:
-        remarks.append(f"Training is not ahead of what costs nothing: {baseline.label}.")
+        said.append(f"Training is not ahead of what costs nothing: {baseline.label}.")
     worse = [
         item.label
         for item in found
         if item.recovered and item.recovered.high is not None and item.recovered.high < 0 and not item.worse
     ]
     if worse:
-        remarks.append(f"Moved away from the teacher: {', '.join(worse)}.")
-    return remarks
+        said.append(f"Moved away from the teacher: {', '.join(worse)}.")
+    return said
 
 
 def disagreements(divergence: Estimate | None, aligned: Alignment) -> list[str]:
@@ -184,7 +184,7 @@ def direction(estimate: Estimate | None) -> int:
     return int(estimate.low > 0) - int(estimate.high < 0)
 
 
-def _samples(probe: Probe, diagnosis: Diagnosis, after: Behaviour | None) -> list[Sample]:
+def samples(probe: Probe, diagnosis: Diagnosis, after: Behaviour | None) -> list[Sample]:
     return [
         Sample(
             kind=prompt.kind,

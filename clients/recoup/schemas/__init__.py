@@ -5,6 +5,7 @@ Answers have no defaults, are frozen, and keep fields that a newer server adds.
 """
 
 from recoup.schemas.dataset import ChatRow, Message, Prompt, PromptRow, TextRow
+from recoup.schemas.diagnosis import CreateDiagnosis, Diagnosis, DiagnosisReport, ExamSpec, PositionsSpec
 from recoup.schemas.recovery import (
     TERMINAL_STATES,
     Artifact,
@@ -82,14 +83,18 @@ __all__ = [
     "Checkpoint",
     "Choice",
     "Cost",
+    "CreateDiagnosis",
     "CreateRecovery",
     "Damage",
     "DamageReport",
     "DeletedFile",
+    "Diagnosis",
+    "DiagnosisReport",
     "DivergenceName",
     "Estimate",
     "EvaluationSpec",
     "Event",
+    "ExamSpec",
     "File",
     "FilePrompts",
     "Gate",
@@ -107,6 +112,7 @@ __all__ = [
     "OutputSpec",
     "Page",
     "PhaseReport",
+    "PositionsSpec",
     "Problem",
     "ProblemItem",
     "Progress",
