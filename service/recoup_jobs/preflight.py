@@ -32,6 +32,7 @@ FEWEST_PROMPTS = 48
 FROM_REFERENCES = frozenset({"sft", "rewrite_sft", "self_demonstration"})
 """Methods that learn from the reference answers of `prompts`."""
 
+DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
 HIDDEN_SIZE_KEYS = ("hidden_size", "n_embd", "d_model")
 
 
@@ -62,6 +63,8 @@ def preflight(request: CreateRecovery, ledger: Ledger, settings: Settings) -> Mo
     teacher = _inspect(findings, "/teacher/source", request.teacher, settings)
     if student and teacher:
         _compare(findings, student, teacher)
+    if student:
+        _check_layers(findings, request, student)
     if student and student.quantizer:
         _check_packed(findings, request, student.quantizer)
     elif student:
@@ -148,6 +151,16 @@ def _check_packed(findings: Findings, request: CreateRecovery, quantizer: str) -
     with findings.at("/output/kind"):
         if request.output.kind in {"merged", "requantized"} and quantizer != "bitsandbytes":
             message = f"{packed}, so no adapter can be merged into them; use adapter, or auto"
+            raise Unprocessable("unsupported_request", message)
+
+
+def _check_layers(findings: Findings, request: CreateRecovery, student: Model) -> None:
+    layers, depth = request.alignment.layers, _config_value(student, *DEPTH_KEYS)
+    if layers != "all" and isinstance(depth, int) and max(layers) >= depth:
+        with findings.at("/alignment/layers"):
+            message = (
+                f"the student has {depth} decoder blocks, 0 to {depth - 1}; {max(layers)} is none of them"
+            )
             raise Unprocessable("unsupported_request", message)
 
 

@@ -22,7 +22,7 @@ from recoup.schemas import TextRow
 from recoup_jobs.datasets import BUILTIN, read_rows
 from recoup_jobs.errors import RecoupError
 from recoup_jobs.rows import Row
-from recoup_ml import cka, damage, models
+from recoup_ml import alignment, cka, damage, models
 from recoup_ml.errors import RecoveryError
 from recoup_ml.sequences import encode, with_answer
 
@@ -76,7 +76,7 @@ def run_align(asked: Comparison, as_json: bool) -> int:
 def compare(asked: Comparison, console: Console) -> cka.Alignment:
     transformers.utils.logging.disable_progress_bar()
     inspected = damage.inspect(asked.student, asked.teacher)
-    layer_map = [(0, 0), *((mine + 1, theirs + 1) for mine, theirs in inspected.layer_map)]
+    layer_map = alignment.with_embeddings(inspected.layer_map)
     tokenizer = models.load_tokenizer(asked.teacher)
     texts = read_texts(asked, tokenizer)
     student, teacher = models.load(asked.student), models.load(asked.teacher)

@@ -74,7 +74,7 @@ def align(states: States, positions: Positions, layer_map: Sequence[tuple[int, i
     Args:
         layer_map: (student, teacher) rows and columns of the diagonal, embeddings first.
     """
-    stay_N = _without_outliers(states)
+    stay_N = ordinary([states.teacher, states.before, states.after or []])
     groups_N = positions.groups[stay_N]
     teacher, student, rounded = (_rows(x, stay_N) for x in (states.teacher, states.before, states.ceiling))
     shuffled_N = torch.from_numpy(np.random.default_rng(seed).permutation(len(groups_N)))
@@ -96,11 +96,28 @@ def align(states: States, positions: Positions, layer_map: Sequence[tuple[int, i
         positions_sha256=positions.sha256,
         before=_state(before, layer_map),
         after=_state(after, layer_map) if after else None,
-        ceiling=[_finite(value) for value in _diagonal(ceiling, own_layers)],
-        floor=[_finite(value) for value in _diagonal(floor, layer_map)],
+        ceiling=[_finite(value) for value in diagonal(ceiling, own_layers)],
+        floor=[_finite(value) for value in diagonal(floor, layer_map)],
         headroom_recovered_last=headroom and headroom.recovered(layer_map[-1:]),
         headroom_recovered_mean=headroom and headroom.recovered(layer_map),
     )
+
+
+def with_embeddings(decoder_layers: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Pairs of corresponding decoder layers, from 0, as pairs of states: the embeddings come first."""
+    return [(0, 0), *((mine + 1, theirs + 1) for mine, theirs in decoder_layers)]
+
+
+def ordinary(models: Sequence[Sequence[Tensor]]) -> Tensor:
+    """True on positions whose norm is ordinary in every layer of every model, [N]."""
+    norms = [layer.norm(dim=1) for model in models for layer in model]
+    return torch.stack([norm <= OUTLIER * norm.median() for norm in norms]).all(0)
+
+
+def diagonal(sums: hsic.Products, layer_map: Sequence[tuple[int, int]]) -> hsic.Array:
+    """CKA of corresponding layers."""
+    rows, columns = zip(*layer_map, strict=True)
+    return hsic.matrix(sums)[list(rows), list(columns)]
 
 
 def csv_table(alignment: Alignment) -> str:
@@ -158,20 +175,13 @@ class _Headroom:
     def share(self, layer_map: Sequence[tuple[int, int]]) -> float:
         """(after - before) / (ceiling - before)."""
         own_layers = [(column, column) for _, column in layer_map]
-        before = _diagonal(self.before, layer_map).mean()
-        after = _diagonal(self.after, layer_map).mean()
-        ceiling = _diagonal(self.ceiling, own_layers).mean()
+        before = diagonal(self.before, layer_map).mean()
+        after = diagonal(self.after, layer_map).mean()
+        ceiling = diagonal(self.ceiling, own_layers).mean()
         return float((after - before) / (ceiling - before)) if ceiling != before else math.nan
 
     def _without(self, group: int) -> "_Headroom":
         return _Headroom(self.before.without(group), self.after.without(group), self.ceiling.without(group))
-
-
-def _without_outliers(states: States) -> Tensor:
-    """True on positions whose norm is ordinary in every layer of every model, [N]."""
-    models = (states.teacher, states.before, states.after or [])
-    norms = [layer.norm(dim=1) for model in models for layer in model]
-    return torch.stack([norm <= OUTLIER * norm.median() for norm in norms]).all(0)
 
 
 def _rows(layers: Sequence[Tensor], rows_N: Tensor) -> list[Tensor]:
@@ -182,16 +192,11 @@ def _names(count: int) -> list[str]:
     return ["embeddings", *(f"block {index}" for index in range(count - 1))]
 
 
-def _diagonal(sums: hsic.Products, layer_map: Sequence[tuple[int, int]]) -> hsic.Array:
-    rows, columns = zip(*layer_map, strict=True)
-    return hsic.matrix(sums)[list(rows), list(columns)]
-
-
 def _state(sums: hsic.Products, layer_map: Sequence[tuple[int, int]]) -> AlignmentState:
-    left_out = np.array([_diagonal(sums.without(group), layer_map) for group in range(sums.groups)])
+    left_out = np.array([diagonal(sums.without(group), layer_map) for group in range(sums.groups)])
     intervals = [
         hsic.jackknife(float(value), left_out[:, index].tolist(), hsic.t_975(sums.groups - 1))
-        for index, value in enumerate(_diagonal(sums, layer_map))
+        for index, value in enumerate(diagonal(sums, layer_map))
     ]
     matrix = [[_finite(value) for value in row] for row in hsic.matrix(sums)]
     return AlignmentState(matrix=matrix, diagonal=[_estimate(interval) for interval in intervals])

@@ -7,7 +7,16 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from recoup.schemas import Alignment, Baseline, Estimate, Measure, Outcome, OutputForm, Sample
+from recoup.schemas import (
+    Alignment,
+    Baseline,
+    Estimate,
+    Measure,
+    Outcome,
+    OutputForm,
+    Sample,
+    TrainingReport,
+)
 from recoup_ml import (
     alignment,
     answers,
@@ -57,7 +66,7 @@ def evaluate(run: Run, journal: Journal, done: Done, folder: Path) -> None:
         repaired, _ = diagnose.sit(baselines.repaired(run, done, rival), exam, probe, counter)
         names = rival.name, rival.label
         baseline = measures.baseline(names, diagnosis, after, repaired, exam.test, probe, seed)
-    aligned = _align(run, diagnosis, done["diagnose"], states, exam)
+    found_alignment = aligned(run, diagnosis, done["diagnose"], states, exam)
     outcome, reason = _verdict(run, diagnosis, found)
     short = measures.deficits(probe.tasks, diagnosis.teacher, after, seed) if after else []
     evaluation = Evaluation(
@@ -66,11 +75,15 @@ def evaluate(run: Run, journal: Journal, done: Done, folder: Path) -> None:
         measures=found,
         baseline=baseline,
         forms=_forms(run, done, best, diagnosis, exam) if best and after else [],
-        samples=_samples(probe, diagnosis, after),
-        remarks=[*_remarks(found, aligned, exam, baseline), *out_of_reach(found, short)],
+        samples=samples(probe, diagnosis, after),
+        remarks=[
+            *remarks(found, found_alignment, exam, baseline),
+            *out_of_reach(found, short),
+            *along_the_way(distil.read(done) if "distil" in done else None),
+        ],
     )
     results.write(folder / "evaluation.json", evaluation)
-    (folder / "alignment.json").write_text(aligned.model_dump_json())
+    (folder / "alignment.json").write_text(found_alignment.model_dump_json())
 
 
 def read(done: Done) -> Evaluation:
@@ -108,12 +121,12 @@ def _forms(run: Run, done: Done, best: Path, diagnosis: Diagnosis, exam: Exam) -
     return forms.measured(run.student, best, answers.read_plan(done).output, measure)
 
 
-def _align(
+def aligned(
     run: Run, diagnosis: Diagnosis, diagnosed: Path, after: list[Tensor] | None, exam: Exam
 ) -> Alignment:
     names = ("teacher", "before", "ceiling")
     teacher, before, ceiling = (load_states(diagnosed / f"{name}-states.safetensors") for name in names)
-    layer_map = [(0, 0), *((mine + 1, theirs + 1) for mine, theirs in diagnosis.damage.layer_map)]
+    layer_map = alignment.with_embeddings(diagnosis.damage.layer_map)
     states = States(teacher, before, after, ceiling)
     return alignment.align(states, exam.positions, layer_map, run.request.seed)
 
@@ -137,25 +150,25 @@ def _rival(done: Done) -> Repair | None:
     return trials and trials.best
 
 
-def _remarks(
-    found: Sequence[Measure], aligned: Alignment, exam: Exam, baseline: Baseline | None
+def remarks(
+    found: Sequence[Measure], alignment: Alignment, exam: Exam, baseline: Baseline | None
 ) -> list[str]:
     """What a reader must know beside the numbers, above all where they disagree."""
-    remarks = []
+    said = []
     cut = sum(answer.finish == "length" for answer in exam.test)
     if cut:
-        remarks.append(f"{cut} of {len(exam.test)} teacher answers were cut at generation.max_new_tokens.")
-    remarks += disagreements(found[0].recovered, aligned)
+        said.append(f"{cut} of {len(exam.test)} teacher answers were cut at generation.max_new_tokens.")
+    said += disagreements(found[0].recovered, alignment)
     if baseline and direction(baseline.lead) < 1:
-        remarks.append(f"Training is not ahead of what costs nothing: {baseline.label}.")
+        said.append(f"Training is not ahead of what costs nothing: {baseline.label}.")
     worse = [
         item.label
         for item in found
         if item.recovered and item.recovered.high is not None and item.recovered.high < 0 and not item.worse
     ]
     if worse:
-        remarks.append(f"Moved away from the teacher: {', '.join(worse)}.")
-    return remarks
+        said.append(f"Moved away from the teacher: {', '.join(worse)}.")
+    return said
 
 
 def disagreements(divergence: Estimate | None, aligned: Alignment) -> list[str]:
@@ -171,6 +184,25 @@ def disagreements(divergence: Estimate | None, aligned: Alignment) -> list[str]:
         for name, share in shares.items()
         if direction(share) * direction(divergence) < 0
     ]
+
+
+def along_the_way(training: TrainingReport | None) -> list[str]:
+    """A sentence for each alignment that went against recovery over the course of training."""
+    found = training.trajectory.correlations if training and training.trajectory else []
+    return [
+        f"Measures disagree along the training: over {item.n} points the "
+        f"{'mean alignment' if item.alignment == 'mean' else 'alignment of the last layer'} went against "
+        f"recovery, Spearman {rank.value:.2f} ({_certainty(rank)}). Trust the divergence."
+        for item in found
+        if (rank := item.spearman) and rank.value < 0
+    ]
+
+
+def _certainty(rank: Estimate) -> str:
+    if rank.low is None or rank.high is None:
+        return "no interval can be given"
+    chance = "" if direction(rank) else ", which may be chance"
+    return f"95 % interval {rank.low:.2f} to {rank.high:.2f}{chance}"
 
 
 def out_of_reach(found: Sequence[Measure], short: Sequence[str]) -> list[str]:
@@ -193,7 +225,7 @@ def direction(estimate: Estimate | None) -> int:
     return int(estimate.low > 0) - int(estimate.high < 0)
 
 
-def _samples(probe: Probe, diagnosis: Diagnosis, after: Behaviour | None) -> list[Sample]:
+def samples(probe: Probe, diagnosis: Diagnosis, after: Behaviour | None) -> list[Sample]:
     return [
         Sample(
             kind=prompt.kind,

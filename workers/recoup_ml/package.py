@@ -12,7 +12,7 @@ from pathlib import Path
 
 from peft import PeftModel
 
-from recoup.schemas import Report
+from recoup.schemas import Alignment, Report
 from recoup_ml import answers, diagnose, distil, evaluate, models
 from recoup_ml.alignment import csv_table
 from recoup_ml.card import model_card
@@ -64,11 +64,22 @@ def _write_report(report: Report, folder: Path) -> dict[str, Path]:
     contents = {
         "report.json": report.model_dump_json(indent=1).encode(),
         "report.html": html_page(report).encode(),
-        "alignment.json": report.alignment.model_dump_json().encode(),
-        "alignment.csv": csv_table(report.alignment).encode(),
-        "alignment.svg": alignment_svg(report.alignment).encode(),
-        "alignment.png": alignment_png(report.alignment),
     }
+    return _written(contents, folder) | alignment_files(report.alignment, folder)
+
+
+def alignment_files(alignment: Alignment, folder: Path) -> dict[str, Path]:
+    """The alignment as data, as a table and as pictures, by what they are called."""
+    contents = {
+        "alignment.json": alignment.model_dump_json().encode(),
+        "alignment.csv": csv_table(alignment).encode(),
+        "alignment.svg": alignment_svg(alignment).encode(),
+        "alignment.png": alignment_png(alignment),
+    }
+    return _written(contents, folder)
+
+
+def _written(contents: dict[str, bytes], folder: Path) -> dict[str, Path]:
     for name, content in contents.items():
         (folder / name).write_bytes(content)
     return {name: folder / name for name in contents}

@@ -74,6 +74,8 @@ def html_page(report: Report) -> str:
             primary=next((measure for measure in report.measures if measure.name == "kl"), None),
             loss_svg=_inline(plots.loss_curve(report.training)) if report.training else None,
             diagonal_svg=_inline(plots.alignment_diagonal(report.alignment)),
+            trajectory=report.training.trajectory if report.training else None,
+            trajectory_svg=_trajectory(report),
             heatmap_svg=_inline(plots.alignment_heatmap(report.alignment)),
             ink=plots.INK,
             FORMS=FORMS,
@@ -102,6 +104,11 @@ def _environment() -> Environment:
         visible=visible,
     )
     return environment
+
+
+def _trajectory(report: Report) -> Markup | None:
+    known = report.training and report.training.trajectory
+    return _inline(plots.trajectory_curves(known)) if known else None
 
 
 def _inline(svg: str) -> Markup:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from recoup.schemas import Outcome, Stage
-from recoup_ml import answers, diagnose, distil, durable, evaluate, package
+from recoup_ml import answers, diagnose, distil, durable, evaluate, examination, package
 from recoup_ml.run import Done, Journal, Run
 
 
@@ -45,3 +45,14 @@ def recover(run: Run, journal: Journal) -> Outcome:
     stage("evaluate", evaluate.evaluate)
     stage("package", package.package)
     return evaluate.read(done).outcome
+
+
+def examine(run: Run, journal: Journal) -> None:
+    """A diagnosis: the first stage of a recovery, and its report.
+
+    Raises:
+        RecoveryError: with the code that the failed job keeps.
+    """
+    done: dict[Stage, Path] = {}
+    done["diagnose"] = journal.stage("diagnose", lambda folder: diagnose.diagnose(run, journal, done, folder))
+    journal.stage("package", lambda folder: examination.package(run, journal, done, folder))

@@ -8,6 +8,7 @@ is `snapshots.py`'s. This file owns the order of things.
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -23,12 +24,14 @@ from recoup_ml.fused import hidden_divergence
 from recoup_ml.lessons import Course, Lesson
 from recoup_ml.models import can_pack, head, last_hidden
 from recoup_ml.plan import Phase, Plan
+from recoup_ml.regulariser import Regulariser
 from recoup_ml.run import Interrupted
 from recoup_ml.sequences import Answered, Batch, batches, packs
 from recoup_ml.snapshots import Snapshot, Snapshots, dice, moments, restore_dice, restore_moments
 from recoup_ml.stopping import PATIENCE, reason_to_stop
 from recoup_ml.targets import join
 from recoup_ml.trainable import Trainee
+from recoup_ml.trajectory import Recorder
 
 WARMUP_SHARE, FINAL_SHARE = 0.1, 0.1
 MAX_GRADIENT_NORM = 1.0
@@ -46,6 +49,8 @@ class Watchers:
     floor: float
     """Of the teacher to itself after rounding, nats."""
     tell: Callable[[TrainingPoint | Checkpoint], None]
+    recorder: Recorder | None = None
+    """Looks in place of `validate` where alignment is measured along the way."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,8 @@ class Training:
     stops_early: bool
     best: Path
     snapshots: Snapshots | None = None
+    regulariser: Regulariser | None = None
+    """Acts on what is learnt from the teacher, not on `keep`."""
     _keep: Course | None = None
     _curve: list[TrainingPoint] = field(default_factory=list)
     _checkpoints: list[Checkpoint] = field(default_factory=list)
@@ -105,6 +112,8 @@ class Training:
         self._curve = [TrainingPoint(**point) for point in found.state["curve"]]
         self._checkpoints = [Checkpoint(**point) for point in found.state["checkpoints"]]
         self._phases = [PhaseReport(**phase) for phase in found.state["phases"]]
+        if self.watchers.recorder:
+            self.watchers.recorder.restore(found.state["recorder"])
         self._resumed = found
         self._save_if_chosen()  # a crash between snapshot and checkpoint may have left an older one
 
@@ -121,6 +130,9 @@ class Training:
         courses = [course, *([self._keep] if self._keep else [])]
         at = self._go_on(courses)
         began, when = time.monotonic() - at.seconds, validation_steps(phase.steps)
+        recorder = self.watchers.recorder
+        if recorder and not self._curve:
+            self._kl()
         while at.stopped is None and at.step < phase.steps:
             lessons = [course.next() for course in courses]
             loss = self._step(lessons, phase.learning_rate * rate_share(at.step, phase.steps))
@@ -130,14 +142,14 @@ class Training:
             tokens = at.tokens + sum(lesson.positions for lesson in lessons)
             validated = at.step + 1 in when
             reason = self._validate(phase) if validated else None
+            if recorder and not validated and recorder.due(len(self._curve)):
+                self._kl()
             at = Position(at.step + 1, tokens, time.monotonic() - began, reason)
             self._keep_safe(at, courses, validated)
         self._phases.append(
             PhaseReport(
                 data=phase.data,
-                objective="cross_entropy"
-                if phase.data in {"rewrites", "references"}
-                else str(self.plan.divergence),
+                objective=self._objective(phase),
                 learning_rate=phase.learning_rate,
                 planned_steps=phase.steps,
                 steps=at.step,
@@ -164,12 +176,18 @@ class Training:
             rewrites=rewrites,
             curve=self._curve,
             checkpoints=self._checkpoints,
+            trajectory=self.watchers.recorder and self.watchers.recorder.trajectory(),
         )
+
+    def _objective(self, phase: Phase) -> str:
+        texts = phase.data in {"rewrites", "references"}
+        objective = "cross_entropy" if texts else str(self.plan.divergence)
+        return f"{objective} + {self.regulariser}" if self.regulariser else objective
 
     def _step(self, lessons: Sequence[Lesson], rate: float) -> float:
         """One optimizer step on all lessons; returns the mean divergence of the first, nats a position."""
         self.trainee.model.train()
-        losses = [self._learn(lesson) for lesson in lessons]
+        losses = [self._learn(lessons[0], self.regulariser), *(self._learn(lesson) for lesson in lessons[1:])]
         if not all(map(math.isfinite, losses)):
             self._optimizer.zero_grad(set_to_none=True)
             return math.nan
@@ -184,18 +202,16 @@ class Training:
         self.watchers.tell(self._curve[-1])
         return losses[0]
 
-    def _learn(self, lesson: Lesson) -> float:
+    def _learn(self, lesson: Lesson, regulariser: Regulariser | None = None) -> float:
         tokens = MICRO_TOKENS[self.trainee.model.device.type]
         pieces = (
             packs(lesson.answers, tokens) if self._packs else batches(lesson.answers, self.pad_id, tokens)
         )
-        return learn(self.trainee.model, lesson, self.plan.divergence, pieces)
+        return learn(self.trainee.model, lesson, self.plan.divergence, pieces, regulariser)
 
     def _validate(self, phase: Phase) -> Stopped | None:
         """Adds a checkpoint, marked as chosen if it is the best so far; says whether to stop."""
-        self.trainee.model.eval()
-        with parametrize.cached():
-            kl = self.watchers.validate(self.trainee.model)
+        kl = self._kl()
         finite = [point.validation_kl for point in self._checkpoints if point.validation_kl is not None]
         chosen = math.isfinite(kl) and kl < min(finite, default=math.inf)
         step = len(self._curve)
@@ -209,6 +225,12 @@ class Training:
             return None
         patience = 1 if phase.probation else PATIENCE
         return reason_to_stop(self.before, self.watchers.floor, [*finite, kl], patience)
+
+    def _kl(self) -> float:
+        """Validation KL of the student as it is now."""
+        model, recorder = self.trainee.model.eval(), self.watchers.recorder
+        with parametrize.cached():
+            return recorder.look(model, len(self._curve)) if recorder else self.watchers.validate(model)
 
     def _go_on(self, courses: Sequence[Course]) -> Position:
         """Where the phase stands: at its start, or where a snapshot left it, courses and dice included."""
@@ -250,26 +272,35 @@ class Training:
             },
             {name: [item.model_dump() for item in items] for name, items in seen.items()}
             | {"position": asdict(at), "dice": rolled_here}
-            | {"courses": [course.state() for course in courses]},
+            | {"courses": [course.state() for course in courses]}
+            | {"recorder": self.watchers.recorder and self.watchers.recorder.state()},
         )
 
 
-def learn(student: PreTrainedModel, lesson: Lesson, divergence: Divergence, pieces: Iterable[Batch]) -> float:
+def learn(
+    student: PreTrainedModel,
+    lesson: Lesson,
+    divergence: Divergence,
+    pieces: Iterable[Batch],
+    regulariser: Regulariser | None = None,
+) -> float:
     """Adds the gradient of the lesson's mean divergence over its positions; returns it, nats.
 
-    The lesson's answers go through the student in `pieces`, one after another.
+    The lesson's answers go through the student in `pieces`, one after another. The gradient of a
+    `regulariser` is added, each piece by its share of the positions, and not its value to what is returned.
     """
     total = 0.0
     for piece in pieces:
         there = piece.to(student.device)
-        student_ND = last_hidden(student, there.ids_BT, there.mask_BT, there.places_BT)[there.answer_BT]
+        with regulariser.beside(student, there) if regulariser else nullcontext() as terms:
+            student_ND = last_hidden(student, there.ids_BT, there.mask_BT, there.places_BT)[there.answer_BT]
         target = join([lesson.targets[row] for row in piece.rows], student_ND)
         counted = [lesson.answers[row] for row in piece.rows]
         weights_N = torch.cat([_counts(answer, lesson.skip) for answer in counted]) / lesson.positions
         loss = hidden_divergence(
             student_ND, head(student), target, divergence, weights_N.to(student_ND.device)
         )
-        loss.backward()
+        (loss + terms() * float(weights_N.sum()) if terms else loss).backward()
         total += loss.item()
     return total
 

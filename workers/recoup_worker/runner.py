@@ -1,6 +1,6 @@
 """The job's own process: `python -m recoup_worker.runner <job> <epoch>`, started by the supervisor.
 
-It runs one claimed recovery and writes the end of it into the ledger. An error that the
+It runs one claimed recovery, or a diagnosis, and writes the end of it into the ledger. An error that the
 recovery can explain fails the job at once; anything else is a bug or a broken machine, and
 the job is tried again a few times. Killed, it leaves its committed stages behind, and of the
 unfinished one what its successor goes on from. SIGTERM asks it to stop: it makes safe what it has,
@@ -21,6 +21,7 @@ from recoup_jobs.artifacts import ARTIFACTS
 from recoup_jobs.claims import Claim
 from recoup_jobs.datasets import load_prompts, load_text
 from recoup_jobs.errors import RecoupError, StaleClaim
+from recoup_jobs.kinds import kind_of
 from recoup_jobs.ledger import Ledger, open_ledger
 from recoup_jobs.preflight import preflight
 from recoup_jobs.processes import die_with_parent, die_with_stdin
@@ -76,7 +77,7 @@ def run_claimed(claim: Claim, ledger: Ledger, settings: Settings, stopping: thre
 
 
 def _recover(claim: Claim, ledger: Ledger, settings: Settings, stopping: threading.Event) -> None:
-    from recoup_ml.recipe import recover
+    from recoup_ml.recipe import examine, recover
 
     journal = LedgerJournal(ledger, claim, settings, stopping)
 
@@ -84,8 +85,12 @@ def _recover(claim: Claim, ledger: Ledger, settings: Settings, stopping: threadi
         preflight(claim.request, ledger, settings)
 
     journal.stage("preflight", check)
-    outcome = recover(_run(claim, ledger, settings), journal)
-    ledger.succeed(claim, outcome)
+    run = _run(claim, ledger, settings)
+    if kind_of(claim.job_id) == "diagnosis":
+        examine(run, journal)
+        ledger.succeed(claim, None)
+    else:
+        ledger.succeed(claim, recover(run, journal))
     _clear_work(settings.stage_folder(ledger.committed(claim.job_id)["package"]), settings, claim)
 
 

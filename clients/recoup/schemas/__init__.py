@@ -5,6 +5,7 @@ Answers have no defaults, are frozen, and keep fields that a newer server adds.
 """
 
 from recoup.schemas.dataset import ChatRow, Message, Prompt, PromptRow, TextRow
+from recoup.schemas.diagnosis import CreateDiagnosis, Diagnosis, DiagnosisReport, ExamSpec, PositionsSpec
 from recoup.schemas.recovery import (
     TERMINAL_STATES,
     Artifact,
@@ -24,6 +25,7 @@ from recoup.schemas.recovery import (
 )
 from recoup.schemas.report import (
     Alignment,
+    AlignmentPoint,
     AlignmentState,
     Baseline,
     Checkpoint,
@@ -35,6 +37,7 @@ from recoup.schemas.report import (
     OutputForm,
     PhaseReport,
     Provenance,
+    RankCorrelation,
     Report,
     RewriteCounts,
     Sample,
@@ -42,6 +45,7 @@ from recoup.schemas.report import (
     Stopped,
     TrainingPoint,
     TrainingReport,
+    Trajectory,
     TriedRepair,
 )
 from recoup.schemas.request import (
@@ -69,6 +73,7 @@ from recoup.schemas.request import (
 __all__ = [
     "TERMINAL_STATES",
     "Alignment",
+    "AlignmentPoint",
     "AlignmentSpec",
     "AlignmentState",
     "Artifact",
@@ -79,14 +84,18 @@ __all__ = [
     "Checkpoint",
     "Choice",
     "Cost",
+    "CreateDiagnosis",
     "CreateRecovery",
     "Damage",
     "DamageReport",
     "DeletedFile",
+    "Diagnosis",
+    "DiagnosisReport",
     "DivergenceName",
     "Estimate",
     "EvaluationSpec",
     "Event",
+    "ExamSpec",
     "File",
     "FilePrompts",
     "Gate",
@@ -105,12 +114,14 @@ __all__ = [
     "OutputSpec",
     "Page",
     "PhaseReport",
+    "PositionsSpec",
     "Problem",
     "ProblemItem",
     "Progress",
     "Prompt",
     "PromptRow",
     "Provenance",
+    "RankCorrelation",
     "Recovery",
     "Report",
     "RewriteCounts",
@@ -125,5 +136,6 @@ __all__ = [
     "TrainingPoint",
     "TrainingReport",
     "TrainingSpec",
+    "Trajectory",
     "TriedRepair",
 ]

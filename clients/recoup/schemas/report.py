@@ -100,6 +100,47 @@ class Checkpoint(Output):
     chosen: bool
 
 
+class AlignmentPoint(Output):
+    """The student on validation prompts at one step of its training."""
+
+    step: int
+    """0 is where training started."""
+    validation_kl: float | None
+    """Mean token KL(teacher‖student), nats; null if not finite."""
+    mean: float | None
+    """CKA with the teacher, the mean over corresponding layers; null where undefined, as is `last`."""
+    last: float | None
+    """CKA of the last layer."""
+
+
+class RankCorrelation(Output):
+    """Of alignment with recovery (that is, with less KL to the teacher) over the points of a training.
+
+    Points of one training follow one another and are not independent, so the intervals, which suppose
+    that they are, are too narrow if anything.
+    """
+
+    alignment: Literal["mean", "last"]
+    n: int
+    """Points at which both are finite."""
+    spearman: Estimate | None
+    """Spearman's ρ; no interval below five points; null below three, or where nothing changed."""
+    kendall: Estimate | None
+    """Kendall's τ_b, likewise."""
+
+
+class Trajectory(Output):
+    """Alignment during training, at validation and after every `alignment.every_steps` steps."""
+
+    positions: int
+    sequences: int
+    dropped_outliers: int
+    """Positions with a massive activation in any layer of the teacher or of the student at the start."""
+    positions_sha256: str
+    points: list[AlignmentPoint]
+    correlations: list[RankCorrelation]
+
+
 Stopped = Literal["steps", "gap_closed", "regression", "plateau", "diverged"]
 
 
@@ -157,6 +198,8 @@ class TrainingReport(Output):
     rewrites: RewriteCounts | None
     curve: list[TrainingPoint]
     checkpoints: list[Checkpoint]
+    trajectory: Trajectory | None
+    """Null where the request has no `alignment.every_steps`."""
 
 
 class TriedRepair(Output):
