@@ -174,6 +174,25 @@ def test_a_crash_between_snapshot_and_checkpoint_costs_no_checkpoint(
     assert_same(place, prepared.whole)
 
 
+def test_a_crash_before_the_commit_costs_no_step(
+    prepare: Callable[..., Prepared], open_journal: type, tmp_path: Path
+) -> None:
+    prepared = prepare("sft")
+    place = prepared.copy(tmp_path / "crashed")
+    done = {name: place / name for name in ("diagnose", "generate")}
+
+    def work(folder: Path) -> None:
+        distil.distil(prepared.run, crashed, done, folder)
+        raise ConnectionResetError
+
+    crashed, again = open_journal(place), open_journal(place)
+    with pytest.raises(ConnectionResetError):
+        crashed.stage("distil", work)
+    train(prepared.run, again)
+    assert steps_told(again) == []
+    assert_same(place, prepared.whole)
+
+
 def test_a_recovery_that_is_asked_to_stop_while_answers_are_made_stops(
     prepare: Callable[..., Prepared], open_journal: type, tmp_path: Path
 ) -> None:
