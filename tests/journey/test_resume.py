@@ -117,6 +117,7 @@ def undisturbed(job: Callable[[], Job]) -> Job:
     return whole
 
 
+@pytest.mark.slow
 def test_a_stopped_and_a_killed_runner_and_their_successor_end_in_the_bits_of_one(
     job: Callable[[], Job], undisturbed: Job
 ) -> None:

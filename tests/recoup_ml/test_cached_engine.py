@@ -1,7 +1,10 @@
 """A server is asked each prompt once, whoever asks and however often it breaks in between."""
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -9,6 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from recoup.schemas import Prompt
 from recoup_ml.cached_engine import ASKED, CachedEngine
 from recoup_ml.generate import Tick
+from recoup_ml.recipe import recover
+from recoup_ml.run import Run
 from recoup_ml.sequences import Answered, Encoded
 
 
@@ -80,3 +85,21 @@ def test_a_prompt_that_comes_twice_is_asked_once(
     found, _ = answer(engine, [*asked[:5], *asked[:5]], tmp_path, tokenizer)
     assert len(engine.asked) == 5
     assert found[:5] == found[5:]
+
+
+def test_a_recovery_asks_a_server_nothing_that_another_one_asked(
+    server: Any, make_run: Callable[..., Run], open_journal: type, tmp_path: Path
+) -> None:
+    run = replace(make_run("forgetful"), answers=tmp_path / "answers")
+    with pytest.raises(ConnectionResetError):
+        recover(run, open_journal(tmp_path / "diagnosed", breaks_in="generate"))
+    served = replace(run, vllm_url=server.url)
+    asked, left = [], []
+    for name in ("first", "second"):
+        shutil.copytree(tmp_path / "diagnosed" / "diagnose", tmp_path / name / "diagnose")
+        with pytest.raises(ConnectionResetError):
+            recover(served, open_journal(tmp_path / name, breaks_in="distil"))
+        asked.append(len(server.bodies))
+        left.append((tmp_path / name / "generate" / "train.jsonl").read_text())
+    assert asked[0] == asked[1] > 0
+    assert left[0] == left[1]

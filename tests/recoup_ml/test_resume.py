@@ -11,10 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from recoup.schemas import ChatRow
 from recoup_ml import distil, durable
 from recoup_ml.recipe import recover
 from recoup_ml.run import Interrupted, Run
+from recoup_ml.snapshots import Snapshots
+from recoup_ml.tickets import ticket_rows
 from recoup_ml.weights import Weights
 
 STEPS = 8
@@ -25,6 +29,7 @@ SMALL = {
 }
 VALIDATED = defaultdict(lambda: (0, 2, 4, 6, 8), two_stage=(0, 1, 2, 4, 5, 6, 7, 8))
 """After which steps, by method; 0 is the start."""
+KEEP = [ChatRow.model_validate(row).as_prompt() for row in ticket_rows(24, seed=77)]
 METHODS = ["off_policy", "on_policy", "two_stage", "rewrite_sft", "sft", "self_demonstration"]
 LORA = {"mode": "lora", "lora": {"rank": 4, "alpha": 8}}
 TRAINABLE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -35,6 +40,7 @@ TRAINABLE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "masked full": ("pruned", {"mode": "full"}, {}),
     "masked lora": ("pruned", LORA, {"output": {"kind": "merged"}}),
     "repaired": ("rounded", LORA | {"start": "repair"}, {}),
+    "hopeless": ("forgetful", LORA | {"learning_rate": 1e-9, "stop_early": True}, {}),
 }
 
 
@@ -66,6 +72,7 @@ def prepare(
             damage, training, others = TRAINABLE[trains]
             run = make_run(
                 damage,
+                keep=KEEP if method == "two_stage" else (),
                 **SMALL | others,
                 training={"steps": STEPS, "learning_rate": 1e-3, "stop_early": False} | training,
                 method={"type": method, "rollouts": {"refresh_steps": 3}},
@@ -104,6 +111,11 @@ def assert_same(found: Path, whole: Path) -> None:
     assert set(mine) == set(expected)
     assert [name for name in expected if not torch.equal(mine[name], expected[name])] == []
     assert outcome(found) == outcome(whole)
+    last, undisturbed = (
+        Snapshots(place / "distil" / durable.UNFINISHED).newest().tensors for place in (found, whole)
+    )
+    assert last.keys() == undisturbed.keys()
+    assert [name for name in last if not torch.equal(last[name], undisturbed[name])] == []
 
 
 def kill_points(seed: str) -> list[int]:
@@ -161,6 +173,19 @@ def test_a_training_that_is_asked_to_stop_goes_on_with_the_next_step(
     assert_same(place, prepared.whole)
 
 
+def test_a_phase_that_was_over_when_the_run_was_stopped_stays_over(
+    prepare: Callable[..., Prepared], open_journal: type, tmp_path: Path
+) -> None:
+    prepared = prepare("two_stage", "hopeless")
+    first = outcome(prepared.whole)["phases"][0]
+    assert first["stopped"] == "plateau" and first["steps"] < first["planned_steps"]
+    place = prepared.copy(tmp_path / "stopped")
+    with pytest.raises(Interrupted):
+        train(prepared.run, open_journal(place, "distil", first["steps"], stops=True))
+    train(prepared.run, open_journal(place))
+    assert_same(place, prepared.whole)
+
+
 def test_a_crash_between_snapshot_and_checkpoint_costs_no_checkpoint(
     prepare: Callable[..., Prepared], open_journal: type, tmp_path: Path
 ) -> None:
@@ -171,6 +196,25 @@ def test_a_crash_between_snapshot_and_checkpoint_costs_no_checkpoint(
         train(prepared.run, open_journal(place, "distil", STEPS, stops=True))
     shutil.rmtree(place / ".distil" / durable.UNFINISHED / distil.BEST)
     train(prepared.run, open_journal(place))
+    assert_same(place, prepared.whole)
+
+
+def test_a_crash_before_the_commit_costs_no_step(
+    prepare: Callable[..., Prepared], open_journal: type, tmp_path: Path
+) -> None:
+    prepared = prepare("sft")
+    place = prepared.copy(tmp_path / "crashed")
+    done = {name: place / name for name in ("diagnose", "generate")}
+
+    def work(folder: Path) -> None:
+        distil.distil(prepared.run, crashed, done, folder)
+        raise ConnectionResetError
+
+    crashed, again = open_journal(place), open_journal(place)
+    with pytest.raises(ConnectionResetError):
+        crashed.stage("distil", work)
+    train(prepared.run, again)
+    assert steps_told(again) == []
     assert_same(place, prepared.whole)
 
 
@@ -185,7 +229,10 @@ def test_a_recovery_that_is_asked_to_stop_while_answers_are_made_stops(
     assert len(kept) == 1
     with pytest.raises(ConnectionResetError):
         recover(prepared.run, open_journal(tmp_path, "distil"))
-    for name in ("train.jsonl", "train.safetensors", "validation.jsonl", "validation.safetensors"):
+    for name in ("train", "validation"):
         found, whole = (place / "generate" / name for place in (tmp_path, prepared.place))
-        assert found.read_bytes() == whole.read_bytes()
+        assert found.with_suffix(".jsonl").read_text() == whole.with_suffix(".jsonl").read_text()
+        mine, expected = (load_file(path.with_suffix(".safetensors")) for path in (found, whole))
+        assert mine.keys() == expected.keys()
+        assert all(torch.equal(mine[part], expected[part]) for part in expected)
     assert not (tmp_path / "generate" / durable.UNFINISHED).exists()

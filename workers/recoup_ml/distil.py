@@ -12,6 +12,7 @@ that the skill it was tuned for stays (two teachers, one for each kind of prompt
 It does not decide whether the student got better; `verdict.py` does, on other prompts.
 """
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -108,7 +109,7 @@ def _train(run: Run, journal: Journal, done: Done, plan: Plan, trials: Trials, f
     report = training.report(start.name, len(keep.answers) if keep else 0, answers.rewrite_counts(done))
     (folder / "training.json").write_text(report.model_dump_json())
     if (unfinished / BEST).exists():
-        (unfinished / BEST).rename(folder / BEST)
+        shutil.copytree(unfinished / BEST, folder / BEST, copy_function=durable.link)
 
 
 def _recorder(

@@ -1,8 +1,8 @@
 """What an unfinished stage leaves for whoever takes it up again: there whole after a crash, or not at all.
 
 A file or folder is written aside, flushed to the disk, then renamed. Names that begin with a dot
-are such drafts and mean nothing. All of it lies in one folder of the stage, `UNFINISHED`, which
-goes when the stage is done.
+are such drafts and mean nothing. A file that has its name is never written to again, only replaced.
+All of it lies in one folder of the stage, `UNFINISHED`, which goes when the stage is committed.
 """
 
 import os
@@ -32,6 +32,17 @@ def place(target: Path, fill: Callable[[Path], object]) -> None:
         _flush(target.parent)
     finally:
         remove(aside)
+
+
+def link(source: Path, target: Path) -> None:
+    """The same file under a second name or, where the file system has none, a copy."""
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copyfile(source, target)
+        _flush(target)
 
 
 def remove(path: Path) -> None:

@@ -32,11 +32,8 @@ def recover(run: Run, journal: Journal) -> Outcome:
     done: dict[Stage, Path] = {}
 
     def stage(name: Stage, work: Callable[[Run, Journal, Done, Path], None]) -> None:
-        def fill(folder: Path) -> None:
-            work(run, journal, done, folder)
-            durable.remove(folder / durable.UNFINISHED)
-
-        done[name] = journal.stage(name, fill)
+        done[name] = journal.stage(name, lambda folder: work(run, journal, done, folder))
+        durable.remove(done[name] / durable.UNFINISHED)
 
     stage("diagnose", diagnose.diagnose)
     if diagnose.read(done).needed:

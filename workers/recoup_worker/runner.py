@@ -102,10 +102,8 @@ def _publish_best(claim: Claim, ledger: Ledger, settings: Settings) -> None:
     unfinished = f"{claim.job_id}/e{claim.epoch}/distil/{UNFINISHED}"
     best = settings.stage_folder(committed or unfinished) / distil.BEST
     if best.exists():
-        run, journal = (
-            _run(claim, ledger, settings),
-            LedgerJournal(ledger, claim, settings, threading.Event()),
-        )
+        run = _run(claim, ledger, settings)
+        journal = LedgerJournal(ledger, claim, settings, threading.Event())
         journal.stage("package", lambda folder: package.checkpoint(run, journal, best, folder))
 
 

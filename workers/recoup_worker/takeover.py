@@ -8,14 +8,13 @@ mean that what was linked stood there together at one moment, as a crash would h
 """
 
 import logging
-import os
 import shutil
 import time
 from pathlib import Path
 
 from recoup.schemas import Stage
 from recoup_jobs import durable
-from recoup_ml.durable import UNFINISHED
+from recoup_ml.durable import UNFINISHED, link
 
 TRIES, PAUSE_SECONDS = 50, 0.1
 """How often, at most, an earlier holder that is still writing is waited for."""
@@ -52,7 +51,8 @@ def _linked(source: Path, target: Path) -> bool:
     try:
         before = _files(source)
         for path in before:
-            _link(source / path, aside / path)
+            (aside / path).parent.mkdir(parents=True, exist_ok=True)
+            link(source / path, aside / path)
         if _files(source) != before:
             return False
     except FileNotFoundError:
@@ -71,14 +71,3 @@ def _files(folder: Path) -> dict[Path, tuple[int, int]]:
     whole = [path for path in paths if not any(part.startswith(".") for part in path.parts)]
     stats = {path: (folder / path).stat() for path in whole if not (folder / path).is_dir()}
     return {path: (stat.st_ino, stat.st_mtime_ns) for path, stat in stats.items()}
-
-
-def _link(source: Path, target: Path) -> None:
-    """The same file under another name or, where the file system has no second names, a copy."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, target)
-    except FileNotFoundError:
-        raise
-    except OSError:
-        durable.copy(source, target)
