@@ -248,6 +248,18 @@ class OutputForm(Output):
     """Whether it is the one that the verdict is on."""
 
 
+class LayerDistance(Output):
+    """A student's layer and its teacher's, in the basis that the two share; null where widths differ."""
+
+    relative_l2: float | None
+    """√(Σ‖s - t‖² / Σ‖t‖²) over the positions that count."""
+    cosine: float | None
+    """Mean cosine of a position's two states."""
+    student_norm: float | None
+    """Mean norm."""
+    teacher_norm: float | None
+
+
 class AlignmentState(Output):
     """CKA of a student's layers with the teacher's, at one moment."""
 
@@ -255,6 +267,10 @@ class AlignmentState(Output):
     """[student layer][teacher layer], embeddings first; null where the estimator is undefined."""
     diagonal: list[Estimate | None]
     """Corresponding layers, with jackknife intervals over groups of sequences; null where undefined."""
+    with_outliers: list[float | None]
+    """Of corresponding layers: what CKA would be if no position had been dropped."""
+    distances: list[LayerDistance]
+    """Of corresponding layers."""
 
 
 class Alignment(Output):
