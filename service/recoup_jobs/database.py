@@ -9,7 +9,8 @@ Migrations run once, under a lock that all processes of an installation share.
 
 import fcntl
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,12 +19,20 @@ from typing import Any
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 READ_ONLY = {"recoup_read_only": True}
 """Execution options of a connection that only reads."""
 
 MIGRATIONS = Path(__file__).with_name("migrations")
 MIGRATION_LOCK = 0x7265636F7570  # "recoup"
+
+AWAY = (OperationalError, InterfaceError, PoolTimeout)
+"""How it shows that the database cannot be reached, or will not answer in time."""
+PAUSE_SECONDS = 0.25
+POSTGRESQL = {"connect_timeout": 5, "tcp_user_timeout": 10_000}
+"""A server that vanished without a word is noticed before a lease runs out."""
 
 
 def connect(url: str) -> Engine:
@@ -36,11 +45,26 @@ def connect(url: str) -> Engine:
         "hide_parameters": True,
     }
     if make_url(url).get_backend_name() != "sqlite":
-        return create_engine(url, pool_pre_ping=True, connect_args={"connect_timeout": 5}, **habits)
+        return create_engine(url, pool_pre_ping=True, connect_args=POSTGRESQL, **habits)
     engine = create_engine(url, **habits)
     event.listen(engine, "connect", _set_up_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+def patiently(write: Callable[[], None], seconds: float) -> None:
+    """Tries a transaction again while the database is away, for so long.
+
+    One whose commit was done but not acknowledged comes a second time, so it must bear that.
+    """
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            return write()
+        except AWAY:
+            if time.monotonic() > until:
+                raise
+            time.sleep(PAUSE_SECONDS)
 
 
 def migrate(engine: Engine) -> None:
@@ -48,10 +72,15 @@ def migrate(engine: Engine) -> None:
     with _migration_lock(engine), engine.begin() as connection:
         if engine.dialect.name == "postgresql":
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
-        config = Config()
-        config.set_main_option("script_location", str(MIGRATIONS))
-        config.attributes["connection"] = connection
-        command.upgrade(config, "head")
+        command.upgrade(migrations(connection), "head")
+
+
+def migrations(connection: Connection) -> Config:
+    """Alembic's view of the revisions, for this connection and inside its transaction."""
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    config.attributes["connection"] = connection
+    return config
 
 
 @contextmanager

@@ -150,7 +150,7 @@ def test_a_job_that_takes_its_workers_down_fails_in_the_end(ledger, job):
 
 def test_failures_of_the_job_and_losses_of_workers_are_counted_apart(ledger, job):
     for _ in range(2):
-        ledger.fail(ledger.claim("worker", CPU, 30), "oom", "full", retry=True)
+        ledger.fail(ledger.claim("worker", CPU, 30), "teacher_unavailable", "no answer", retry=True)
     for _ in range(4):
         ledger.claim("doomed", CPU, EXPIRED)
     assert ledger.claim("last", CPU, 30).epoch == 7
