@@ -243,5 +243,6 @@ def installation(settings, broker):
 
 @pytest.fixture
 def rng(request):
-    """Random numbers from the test's seed, or from that of `RECOUP_CHAOS_SEED`."""
-    return random.Random(int(os.environ.get("RECOUP_CHAOS_SEED", getattr(request, "param", 0))))
+    """Random numbers from the test's own seed, or else from `RECOUP_CHAOS_SEED`."""
+    seed = getattr(request, "param", None)
+    return random.Random(int(os.environ.get("RECOUP_CHAOS_SEED", "0")) if seed is None else seed)
