@@ -146,7 +146,7 @@ class Installation:
         self.sweeper.stop()
 
 
-def violations(installation):
+def violations_in(installation):
     """What the ledger, the events and the machine show that must not be; empty if all is well."""
     found = []
     for id in installation.jobs:
@@ -176,6 +176,22 @@ def _violations_of(installation, id):
         checks["a stage is missing"] = len(stages) == 6
         checks["the manifest is missing"] = bool(read_manifest(package / ARTIFACTS))
     return [wrong for wrong, well in checks.items() if not well]
+
+
+@pytest.fixture
+def light():
+    """The folder of what makes an installation light, and crash."""
+    return LIGHT
+
+
+@pytest.fixture
+def asked():
+    return ASKED
+
+
+@pytest.fixture
+def violations():
+    return violations_in
 
 
 @pytest.fixture
@@ -237,7 +253,7 @@ def installation(settings, broker):
     installation = Installation(settings, broker)
     yield installation
     installation.stop()
-    assert violations(installation) == []
+    assert violations_in(installation) == []
     installation.ledger.close()
 
 

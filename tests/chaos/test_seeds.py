@@ -2,7 +2,7 @@
 
     RECOUP_CHAOS_SEED=17 pytest tests/chaos/test_seeds.py -k another
 
-repeats the draws of one seed. What must hold in the end stands in `conftest.violations`, which
+repeats the draws of one seed. What must hold in the end stands in `conftest.violations_in`, which
 every test of this folder is checked against.
 """
 
