@@ -61,7 +61,7 @@ def test_a_worker_that_is_told_to_end_gives_its_job_back(installation, worker, j
 
 def test_a_runner_that_is_alive_but_stuck_is_killed(installation, job, runner):
     runner.send_signal(signal.SIGSTOP)
-    runner.wait(30)
+    runner.wait(60)
     installation.wait_for_end()
     assert "runner_stalled" in reasons(installation, job)
 

@@ -96,7 +96,7 @@ class Chaos:
         self._freeze([self._worker()])
 
     def send_runner_to_sleep(self):
-        """For longer than the watchdog bears."""
+        """While its supervisor renews the lease."""
         if runner := self._runner():
             self._freeze([runner])
 

@@ -119,7 +119,7 @@ def _conclude(
         ledger.lose(claim, "runner_stalled")
     elif memory_ran_out:
         ledger.fail(claim, OUT_OF_MEMORY, "The kernel killed the runner: memory ran out.", retry=True)
-    elif code < 0 or lease.was_away:
+    elif code < 0 or code == os.EX_TEMPFAIL or lease.was_away:
         ledger.lose(claim)
     elif ending == "exited":
         message = f"The runner ended with code {code} before it could say why; its runner.log does."
