@@ -191,6 +191,12 @@ def asked():
 
 
 @pytest.fixture
+def processes():
+    """`processes(id)`: the runners of this job."""
+    return lambda id: running("recoup_worker.runner", id)
+
+
+@pytest.fixture
 def violations():
     return violations_in
 

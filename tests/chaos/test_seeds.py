@@ -6,6 +6,7 @@ repeats the draws of one seed. What must hold in the end stands in `conftest.vio
 every test of this folder is checked against.
 """
 
+import contextlib
 import os
 import resource
 import signal
@@ -60,16 +61,16 @@ class Chaos:
         return self.rng.choice(alive)
 
     def _runner(self):
+        """One of those that run, if any does; it may end at any time."""
         runners = self.installation.runners()
-        return self.rng.choice(runners) if runners else None
+        return self.rng.sample(runners, min(1, len(runners)))
 
     def kill_worker(self):
         self._worker().kill()
         self.installation.start_worker()
 
     def kill_runner(self):
-        if runner := self._runner():
-            runner.kill()
+        send(self._runner(), signal.SIGKILL)
 
     def kill_broker(self):
         self._restart(forget=False)
@@ -88,8 +89,7 @@ class Chaos:
         self.installation.start_worker()
 
     def send_runner_sigterm(self):
-        if runner := self._runner():
-            runner.terminate()
+        send(self._runner(), signal.SIGTERM)
 
     def send_worker_to_sleep(self):
         """Past its lease, while its runner works on."""
@@ -97,8 +97,7 @@ class Chaos:
 
     def send_runner_to_sleep(self):
         """While its supervisor renews the lease."""
-        if runner := self._runner():
-            self._freeze([runner])
+        self._freeze(self._runner())
 
     def send_both_to_sleep(self):
         worker = self._worker()
@@ -116,8 +115,9 @@ class Chaos:
 
     def lose_disk(self):
         """From now on the runner can write to no file, the ledger's included."""
-        if runner := self._runner():
-            resource.prlimit(runner.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+        for runner in self._runner():
+            with contextlib.suppress(ProcessLookupError):
+                resource.prlimit(runner.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
 
     def lose_database(self):
         """PostgreSQL cuts every connection; SQLite is locked for longer than a lease."""

@@ -38,13 +38,13 @@ log = logging.getLogger(__name__)
 def supervise(claim: Claim, ledger: Ledger, settings: Settings, stopping: threading.Event) -> None:
     """Runs the claimed job to its end, or to the end of this worker's right to it."""
     lease, kills = Lease(ledger, claim, settings.lease_seconds), oom_kills()
-    runner = start_runner(claim, settings)
-    try:
-        ending = _watch(runner, lease, claim, settings, stopping)
-        if ending in WITH_GRACE:
-            _stop(runner, lease, settings.grace_seconds)
-    finally:
-        kill_group(runner)
+    with start_runner(claim, settings) as runner:
+        try:
+            ending = _watch(runner, lease, claim, settings, stopping)
+            if ending in WITH_GRACE:
+                _stop(runner, lease, settings.grace_seconds)
+        finally:
+            kill_group(runner)
     log.info("%s: the runner of epoch %d is gone: %s", claim.job_id, claim.epoch, ending)
     memory_ran_out = runner.returncode == -signal.SIGKILL and oom_kills() > kills
     try:
