@@ -28,7 +28,7 @@ class Claim:
     spent_seconds: float = 0.0
     """For how long earlier claims held the job."""
     memory_failures: int = 0
-    """How often it ran out of memory before: the micro-batch is halved as often."""
+    """How often it ran out of memory before: a micro-batch is to be halved as often."""
 
 
 def take(

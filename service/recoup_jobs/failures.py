@@ -1,8 +1,8 @@
 """What follows from a failure of a job: which code it has, and whether another try may help.
 
 Three counts, each with a bound of its own: failures of the application, losses of the
-machinery (a worker or runner that vanished; see `claims.give_back`), and failures of memory,
-of which one is forgiven, because the next run halves its micro-batch.
+machinery (a worker or runner that vanished; see `claims.give_back`), and failures of memory, of
+which one is forgiven: the next claim carries their number, so that its run can ask for less.
 """
 
 import re
