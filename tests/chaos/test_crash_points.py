@@ -100,7 +100,7 @@ POINTS = [
     f"{role}:{when}:{n}" for role in ("runner", "worker") for when in ("before", "after") for n in (1, 2, 4)
 ]
 POINTS += [f"runner:{when}:{number}" for when in ("before", "after") for number in (9, 16, 23)]
-POINTS += ["runner:rename:1", "runner:rename:2"]
+POINTS += ["runner:rename:1"]
 
 
 @pytest.mark.slow
