@@ -20,6 +20,7 @@ from recoup.schemas import (
     Alignment,
     Artifact,
     Capabilities,
+    ChangeRecovery,
     CreateDiagnosis,
     CreateRecovery,
     Diagnosis,
@@ -46,7 +47,7 @@ class Upload:
 class Call(Generic[T]):
     """One request, and how to read its answer."""
 
-    method: Literal["GET", "POST", "DELETE"]
+    method: Literal["GET", "POST", "PATCH", "DELETE"]
     path: str
     parse: Callable[[bytes], T]
     """From the body of the answer; raises pydantic's ValidationError on a body that is none of ours."""
@@ -87,6 +88,24 @@ def list_recoveries(after: str | None, limit: int | None) -> Call[Page[Recovery]
 
 def cancel_recovery(id: str) -> Call[Recovery]:
     return Call("POST", f"{_recovery(id)}/cancel", _reader(Recovery))
+
+
+def pause_recovery(id: str) -> Call[Recovery]:
+    return Call("POST", f"{_recovery(id)}/pause", _reader(Recovery))
+
+
+def resume_recovery(id: str) -> Call[Recovery]:
+    return Call("POST", f"{_recovery(id)}/resume", _reader(Recovery))
+
+
+def retry_recovery(id: str) -> Call[Recovery]:
+    """The answer is a new recovery."""
+    return Call("POST", f"{_recovery(id)}/retry", _reader(Recovery))
+
+
+def change_recovery(id: str, changes: ChangeRecovery) -> Call[Recovery]:
+    body = changes.model_dump(mode="json", exclude_unset=True)
+    return Call("PATCH", _recovery(id), _reader(Recovery), json=body)
 
 
 def list_events(id: str, after: str | None) -> Call[Page[Event]]:

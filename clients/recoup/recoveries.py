@@ -12,7 +12,17 @@ from recoup import _calls, _download
 from recoup._follow import Follower
 from recoup._sender import Sender, pages
 from recoup.errors import JobFailedError, WaitTimeoutError
-from recoup.schemas import Alignment, Artifact, CreateRecovery, Event, ModelRef, Progress, Recovery, Report
+from recoup.schemas import (
+    Alignment,
+    Artifact,
+    ChangeRecovery,
+    CreateRecovery,
+    Event,
+    ModelRef,
+    Progress,
+    Recovery,
+    Report,
+)
 from recoup.schemas.recovery import TERMINAL_STATES
 
 
@@ -53,6 +63,26 @@ class Recoveries:
     def cancel(self, id: str) -> Recovery:
         """Ask the job to stop. Raises ConflictError once it has ended."""
         return self._sender.send(_calls.cancel_recovery(id))
+
+    def pause(self, id: str) -> Recovery:
+        """Ask the job to give its device back and to wait. Raises ConflictError where it cannot."""
+        return self._sender.send(_calls.pause_recovery(id))
+
+    def resume(self, id: str) -> Recovery:
+        """Let a paused job go on. Raises ConflictError if it is not paused."""
+        return self._sender.send(_calls.resume_recovery(id))
+
+    def retry(self, id: str) -> Recovery:
+        """A new job that repeats one which failed or was cancelled, without what that one had finished."""
+        return self._sender.send(_calls.retry_recovery(id))
+
+    def change(
+        self, id: str, *, priority: int | None = None, metadata: dict[str, str] | None = None
+    ) -> Recovery:
+        """Another priority, other metadata (all pairs); what is None stays as it is."""
+        given = {"priority": priority, "metadata": metadata}
+        changes = {name: value for name, value in given.items() if value is not None}
+        return self._sender.send(_calls.change_recovery(id, ChangeRecovery.model_validate(changes)))
 
     def events(self, id: str, after: int = 0) -> Iterator[Event]:
         """The events so far whose `seq` is greater than `after`."""

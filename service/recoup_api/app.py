@@ -11,9 +11,10 @@ from recoup.schemas import Problem
 from recoup_api import diagnoses, files, ops, problems, recoveries
 from recoup_api.guard import Guard
 from recoup_api.limit import BodyLimit
-from recoup_jobs.dispatch import Publish, Sweeper, celery_app, celery_publisher
+from recoup_jobs.dispatch import Publish, celery_app, celery_publisher
 from recoup_jobs.ledger import Ledger
 from recoup_jobs.settings import Settings
+from recoup_jobs.sweeper import Sweeper
 
 
 def create_app(

@@ -1,4 +1,4 @@
-"""`/v1/recoveries`: create, follow, cancel, and fetch what came of it."""
+"""`/v1/recoveries`: create, follow, steer, and fetch what came of it."""
 
 import json
 from pathlib import Path
@@ -7,9 +7,19 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Header, Query, Response
 from fastapi.responses import FileResponse
 
-from recoup.schemas import Alignment, Artifact, CreateRecovery, Event, Page, Recovery, Report, State
+from recoup.schemas import (
+    Alignment,
+    Artifact,
+    ChangeRecovery,
+    CreateRecovery,
+    Event,
+    Page,
+    Recovery,
+    Report,
+    State,
+)
 from recoup.schemas.recovery import TERMINAL_STATES
-from recoup_api.body import RecoveryBody, documented
+from recoup_api.body import ChangeBody, RecoveryBody, documented
 from recoup_api.watch import etag, known_etags, newer
 from recoup_api.wiring import After, Limit, TheLedger, TheSettings, of_kind
 from recoup_jobs.artifacts import ARTIFACTS, RECIPE, open_artifact, read_manifest
@@ -60,9 +70,35 @@ async def read(
     return Response(status_code=304, headers=response.headers) if etag(recovery) in known else recovery
 
 
+@router.patch("/{id}", openapi_extra=documented(ChangeRecovery, "/v1/recoveries/{id}"))
+def change(id: str, body: ChangeBody, ledger: TheLedger, response: Response) -> Recovery:
+    """Another priority, other metadata."""
+    recovery = ledger.change(id, body)
+    response.headers["ETag"] = etag(recovery)
+    return recovery
+
+
 @router.post("/{id}/cancel")
 def cancel(id: str, ledger: TheLedger) -> Recovery:
     return ledger.cancel(id)
+
+
+@router.post("/{id}/pause")
+def pause(id: str, ledger: TheLedger) -> Recovery:
+    return ledger.pause(id)
+
+
+@router.post("/{id}/resume")
+def resume(id: str, ledger: TheLedger) -> Recovery:
+    return ledger.resume(id)
+
+
+@router.post("/{id}/retry", status_code=202)
+def retry(id: str, ledger: TheLedger, response: Response) -> Recovery:
+    """A new recovery that repeats one which failed or was cancelled."""
+    recovery = ledger.retry(id)
+    response.headers.update({"Location": f"/v1/recoveries/{recovery.id}", "ETag": etag(recovery)})
+    return recovery
 
 
 @router.get("/{id}/events")

@@ -33,7 +33,8 @@ def up(home: Home = None, host: Host = "127.0.0.1", port: Port = DEFAULT_PORT) -
 
     settings = _settings(home)
     _require_key(settings, host)
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background job starts with SIGINT ignored
+        signal.signal(number, _interrupt)
     try:
         with running(settings, host, port) as installation:
             typer.echo(f"Recoup is up on {installation.url} (documentation: {installation.url}/docs).")

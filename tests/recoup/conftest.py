@@ -169,6 +169,7 @@ class FakeService:
         empty = dict.fromkeys(("stage", "outcome", "error", "progress", "started_at", "finished_at"))
         asked = CreateRecovery.model_validate_json(request.body).model_dump(mode="json")
         row = {"id": id, "object": "recovery", "state": "queued", "request": asked, "epoch": 0, "version": 1}
+        row |= {"pausing": False, "retry_of": None, "failures": 0, "losses": 0}
         self.jobs[id] = row | empty | {"created_at": 1.0}
         self.events[id] = []
         self._moments[id] = deque(self.script)

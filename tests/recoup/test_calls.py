@@ -3,6 +3,7 @@
 import pytest
 
 from recoup import CreateRecovery, InvalidArgumentError, _calls
+from recoup.schemas import ChangeRecovery
 
 
 @pytest.mark.parametrize("id", ["", "..", "a/b", "a?b", "a\n", "%2e", "-a", "a b", "é", "a" * 129])
@@ -32,3 +33,14 @@ def test_only_what_the_caller_set_is_sent():
 def test_what_was_not_given_is_not_in_the_query():
     assert _calls.list_recoveries(None, None).query == ()
     assert _calls.list_recoveries("c", 5).query == (("after", "c"), ("limit", "5"))
+
+
+def test_only_what_shall_change_is_sent():
+    call = _calls.change_recovery("rec_1", ChangeRecovery(priority=3))
+    assert (call.method, call.path, call.json) == ("PATCH", "/v1/recoveries/rec_1", {"priority": 3})
+
+
+@pytest.mark.parametrize("verb", ["pause", "resume", "retry", "cancel"])
+def test_a_verb_is_a_post_below_the_recovery(verb):
+    call = getattr(_calls, f"{verb}_recovery")("rec_1")
+    assert (call.method, call.path) == ("POST", f"/v1/recoveries/rec_1/{verb}")

@@ -98,6 +98,7 @@ def _train(run: Run, journal: Journal, done: Done, plan: Plan, trials: Trials, f
         unfinished / BEST,
         snapshots=Snapshots(unfinished, journal.stopping),
         regulariser=_regulariser(run, diagnosis.damage),
+        halvings=run.halvings,
     )
     keep = answers.kept(done, plan)
     if keep:

@@ -34,6 +34,8 @@ class Run:
     """A server that answers for the teacher; none: the teacher answers in this process."""
     answers: Path | None = None
     """The folder of the cache of servers' answers, shared by recoveries; none: nothing is remembered."""
+    halvings: int = 0
+    """How often training goes with half as many tokens at once, memory having run out before."""
 
     @property
     def prompt_tokens(self) -> int:

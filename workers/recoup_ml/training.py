@@ -83,6 +83,8 @@ class Training:
     snapshots: Snapshots | None = None
     regulariser: Regulariser | None = None
     """Acts on what is learnt from the teacher, not on `keep`."""
+    halvings: int = 0
+    """How often the tokens that go through the student at once are halved."""
     _keep: Course | None = None
     _curve: list[TrainingPoint] = field(default_factory=list)
     _checkpoints: list[Checkpoint] = field(default_factory=list)
@@ -203,7 +205,7 @@ class Training:
         return losses[0]
 
     def _learn(self, lesson: Lesson, regulariser: Regulariser | None = None) -> float:
-        tokens = MICRO_TOKENS[self.trainee.model.device.type]
+        tokens = MICRO_TOKENS[self.trainee.model.device.type] >> self.halvings
         pieces = (
             packs(lesson.answers, tokens) if self._packs else batches(lesson.answers, self.pad_id, tokens)
         )

@@ -47,8 +47,7 @@ def main() -> int:
     settings = Settings()
     ledger = open_ledger(settings)
     job_id, epoch = sys.argv[1], int(sys.argv[2])
-    claim = Claim(job_id, epoch, ledger.get(job_id).request)
-    return run_claimed(claim, ledger, settings, stopping)
+    return run_claimed(ledger.claimed(job_id, epoch), ledger, settings, stopping)
 
 
 def run_claimed(claim: Claim, ledger: Ledger, settings: Settings, stopping: threading.Event) -> int:
@@ -77,7 +76,7 @@ def run_claimed(claim: Claim, ledger: Ledger, settings: Settings, stopping: thre
 
 
 def _recover(claim: Claim, ledger: Ledger, settings: Settings, stopping: threading.Event) -> None:
-    from recoup_ml.recipe import examine, recover
+    from recoup_ml import recipe
 
     journal = LedgerJournal(ledger, claim, settings, stopping)
 
@@ -87,10 +86,10 @@ def _recover(claim: Claim, ledger: Ledger, settings: Settings, stopping: threadi
     journal.stage("preflight", check)
     run = _run(claim, ledger, settings)
     if kind_of(claim.job_id) == "diagnosis":
-        examine(run, journal)
+        recipe.examine(run, journal)
         ledger.succeed(claim, None)
     else:
-        ledger.succeed(claim, recover(run, journal))
+        ledger.succeed(claim, recipe.recover(run, journal))
     _clear_work(settings.stage_folder(ledger.committed(claim.job_id)["package"]), settings, claim)
 
 
@@ -126,6 +125,7 @@ def _run(claim: Claim, ledger: Ledger, settings: Settings) -> "Run":
         natural_text=load_text(ledger, settings, text) if text else [],
         vllm_url=settings.vllm_urls[0] if settings.vllm_urls else None,
         answers=settings.home / ANSWERS,
+        halvings=claim.memory_failures,
     )
 
 

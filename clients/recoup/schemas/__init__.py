@@ -52,6 +52,7 @@ from recoup.schemas.report import (
 from recoup.schemas.request import (
     AlignmentSpec,
     BuiltinPrompts,
+    ChangeRecovery,
     CreateRecovery,
     Damage,
     DivergenceName,
@@ -81,6 +82,7 @@ __all__ = [
     "Baseline",
     "BuiltinPrompts",
     "Capabilities",
+    "ChangeRecovery",
     "ChatRow",
     "Checkpoint",
     "Choice",

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 from recoup.schemas.request import CreateRecovery
 
-State = Literal["queued", "running", "cancelling", "cancelled", "succeeded", "failed"]
+State = Literal["queued", "running", "paused", "cancelling", "cancelled", "succeeded", "failed"]
 Stage = Literal["preflight", "diagnose", "generate", "distil", "evaluate", "package"]
 Outcome = Literal["recovered", "partial", "no_gain", "regressed", "not_needed"]
 TERMINAL_STATES: frozenset[State] = frozenset({"cancelled", "succeeded", "failed"})
@@ -48,8 +48,16 @@ class Recovery(Output):
     error: JobError | None
     progress: Progress | None
     request: CreateRecovery
+    pausing: bool
+    """It was asked to pause, and its worker has not yet let go of it."""
+    retry_of: str | None
+    """The recovery that this one repeats, whose committed stages it takes over."""
     epoch: int
     """How often a worker took this job up."""
+    failures: int
+    """How often it ended in an error of its own."""
+    losses: int
+    """How often its worker or runner vanished, which is no fault of its own."""
     version: int
     """Grows with every change; the ETag."""
     created_at: float
