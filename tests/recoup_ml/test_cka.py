@@ -5,6 +5,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -163,7 +164,7 @@ def test_texts_by_their_means_are_the_exact_value_over_texts(
     sides: list[list[Tensor]] = [[], []]
     for batch in batches:
         for model, side in zip((student, teacher), sides, strict=True):
-            hidden_BTD = model(**batch, output_hidden_states=True).hidden_states[2].detach()
+            hidden_BTD = deepcopy(model)(**batch, output_hidden_states=True).hidden_states[2].detach()
             counts_BT = batch["attention_mask"].clone()
             counts_BT[:, 0] = 0
             side.append((hidden_BTD * counts_BT[..., None]).sum(1) / counts_BT.sum(1, keepdim=True))
