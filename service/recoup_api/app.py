@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi.concurrency import run_in_threadpool
 
 import recoup
@@ -11,9 +11,12 @@ from recoup.schemas import Problem
 from recoup_api import files, ops, problems, recoveries
 from recoup_api.guard import Guard
 from recoup_api.limit import BodyLimit
+from recoup_api.query import known_query
 from recoup_jobs.dispatch import Publish, Sweeper, celery_app, celery_publisher
 from recoup_jobs.ledger import Ledger
 from recoup_jobs.settings import Settings
+
+ROUTERS = (recoveries.router, files.router, ops.router)
 
 
 def create_app(
@@ -30,14 +33,15 @@ def create_app(
         title="Recoup",
         version=recoup.__version__,
         lifespan=_sweeping(sweeper),
+        redirect_slashes=False,
         responses={"default": {"model": Problem, "description": "What went wrong (RFC 9457)."}},
     )
     app.state.settings, app.state.ledger, app.state.sweeper = settings, ledger, sweeper
     app.add_middleware(BodyLimit, larger_by_path={"/v1/files": files.LARGEST_UPLOAD})
     app.add_middleware(Guard, api_key=settings.api_key)
-    problems.install(app)
-    for routes in (recoveries.router, files.router, ops.router):
-        app.include_router(routes)
+    problems.install(app, ROUTERS)
+    for router in ROUTERS:
+        app.include_router(router, dependencies=[Depends(known_query)])
     return app
 
 

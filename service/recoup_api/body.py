@@ -1,37 +1,45 @@
-"""Reads the body of `POST /v1/recoveries`: JSON in UTF-8, of bounded size, exactly as the contract says.
+"""Reads JSON bodies: in UTF-8, of bounded size and depth, exactly as the contract says.
 
-FastAPI's own way would hand pydantic a value that `json` has read, NaN and coercions
-included; here pydantic reads the bytes. Their number is bounded by `limit.py`.
+FastAPI's own way would hand pydantic a value that `json` has read, NaN, coercions and the last of
+two equal keys included; here `strict_json` reads the bytes. Their number is bounded by `limit.py`.
 """
 
 import re
-from typing import Annotated, Any
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
-from pydantic import ValidationError
-from pydantic_core import from_json
+from pydantic import BaseModel, ValidationError
 
 from recoup.schemas import CreateRecovery
-from recoup_jobs.errors import BadRequest, Unprocessable, UnsupportedMedia
+from recoup_jobs import strict_json
+from recoup_jobs.errors import Unprocessable, UnsupportedMedia
 from recoup_jobs.findings import items_of
 
 JSON_IN_UTF8 = re.compile(r'application/json\s*(;\s*charset="?utf-8"?\s*)?', re.IGNORECASE)
 
-
-async def _read(request: Request) -> CreateRecovery:
-    _require_json(request.headers.get("content-type", ""))
-    return parse(await request.body())
+M = TypeVar("M", bound=BaseModel)
 
 
-def parse(raw: bytes) -> CreateRecovery:
+def body_of(model: type[M]) -> Callable[[Request], Awaitable[M]]:
+    """A dependency that reads the request's body as `model`."""
+
+    async def read(request: Request) -> M:
+        _require_json(request.headers.get("content-type", ""))
+        return parse(model, await request.body())
+
+    return read
+
+
+def parse(model: type[M], raw: bytes) -> M:
     """Raises `BadRequest` for what is no JSON, `Unprocessable` for what is not in the contract."""
+    if not raw.strip():
+        raise Unprocessable("body_required", "the body is empty; it must be a JSON object")
+    value = strict_json.read(raw)
     try:
-        return CreateRecovery.model_validate_json(raw)
+        return model.model_validate(value)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        if first["type"] == "json_invalid":
-            raise BadRequest("malformed_json", first["msg"]) from None
-        items = items_of(error, from_json(raw))
+        items = items_of(error, value)
         raise Unprocessable(items[0].code, f"{items[0].pointer}: {items[0].message}", items) from None
 
 
@@ -40,12 +48,12 @@ def _require_json(content_type: str) -> None:
         raise UnsupportedMedia("unsupported_media_type", "send the body as application/json, in UTF-8")
 
 
-RecoveryBody = Annotated[CreateRecovery, Depends(_read)]
-
-_SCHEMA_AT = "#/paths/~1v1~1recoveries/post/requestBody/content/application~1json/schema/$defs/{model}"
+RecoveryBody = Annotated[CreateRecovery, Depends(body_of(CreateRecovery))]
 
 
-def documented() -> dict[str, Any]:
-    """The body's part of the OpenAPI document."""
-    schema = CreateRecovery.model_json_schema(ref_template=_SCHEMA_AT)
+def documented(model: type[BaseModel], path: str) -> dict[str, Any]:
+    """The body's part of the OpenAPI document, for the POST of `path`."""
+    place = path.replace("/", "~1")
+    at = f"#/paths/{place}/post/requestBody/content/application~1json/schema/$defs/{{model}}"
+    schema = model.model_json_schema(ref_template=at)
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

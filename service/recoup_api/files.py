@@ -20,9 +20,15 @@ LARGEST_UPLOAD = MOST_BYTES + (64 << 10)
 Purpose = Annotated[str, Form(pattern=r"^[a-z0-9_-]{1,64}$")]
 
 
+Sha256 = Annotated[str | None, Form(pattern=r"^[0-9a-f]{64}$")]
+"""Of the bytes as they are sent."""
+
+
 @router.post("")
-def upload(file: UploadFile, purpose: Purpose, ledger: TheLedger, settings: TheSettings) -> File:
-    return store_file(ledger, settings, _plain_name(file.filename or ""), purpose, _chunks(file))
+def upload(
+    file: UploadFile, purpose: Purpose, ledger: TheLedger, settings: TheSettings, sha256: Sha256 = None
+) -> File:
+    return store_file(ledger, settings, _plain_name(file.filename or ""), purpose, _chunks(file), sha256)
 
 
 @router.get("")

@@ -15,6 +15,7 @@ from pydantic import SecretStr
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from recoup_api.limit import require_countable_body, require_small_headers
 from recoup_api.problems import answer
 from recoup_jobs.errors import BadRequest, RecoupError, Unauthorized
 
@@ -36,12 +37,22 @@ class Guard:
         request_id = _request_id(headers.get("x-request-id", ""))
         scope.setdefault("state", {})["request_id"] = request_id
 
+        bodiless = scope["method"] == "HEAD"
+        if bodiless:  # what GET would answer, but for the body
+            scope = {**scope, "method": "GET"}
+
         async def send_named(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)["x-request-id"] = request_id
-            await send(message)
+                await send(message)
+                if bodiless:
+                    await send({"type": "http.response.body", "body": b"", "more_body": False})
+            elif not bodiless:
+                await send(message)
 
         try:
+            require_small_headers(scope)
+            require_countable_body(headers)
             self._admit(scope["path"], headers)
         except RecoupError as refusal:
             return await answer(refusal, request_id)(scope, receive, send_named)

@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 
 from recoup.schemas import Problem, ProblemItem
 from recoup_jobs.errors import RecoupError, Unavailable, Unprocessable
@@ -27,7 +28,8 @@ DISK_IS_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 log = logging.getLogger(__name__)
 
 
-def install(app: FastAPI) -> None:
+def install(app: FastAPI, routers: Sequence[APIRouter]) -> None:
+    app.state.routes = [route for router in routers for route in router.routes if isinstance(route, Route)]
     for error, handler in HANDLERS.items():
         app.add_exception_handler(error, handler)
 
@@ -73,7 +75,16 @@ def _http(request: Request, error: Any) -> JSONResponse:
     status = HTTPStatus(error.status_code)
     code = "body_too_large" if status == 413 else status.phrase.lower().replace(" ", "_")
     detail = f"{request.method} is not possible here: {status.description or status.phrase}"
-    return _problem(status, code, detail, request.state.request_id, headers=error.headers)
+    headers = {"Allow": ", ".join(_allowed(request))} if status == 405 else error.headers
+    return _problem(status, code, detail, request.state.request_id, headers=headers)
+
+
+def _allowed(request: Request) -> list[str]:
+    """The methods of every route of this path; who may GET may ask for the HEAD alone."""
+    path = request.scope["path"]
+    routes: list[Route] = request.app.state.routes
+    methods = {m for route in routes if route.path_regex.match(path) for m in route.methods or ()}
+    return sorted(methods | ({"HEAD"} & {m.replace("GET", "HEAD") for m in methods}))
 
 
 def _database_away(request: Request, error: Any) -> JSONResponse:

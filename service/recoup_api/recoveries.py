@@ -4,19 +4,25 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Query, Response
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import FileResponse
 
-from recoup.schemas import Alignment, Artifact, Event, Page, Recovery, Report, State
+from recoup.schemas import Alignment, Artifact, CreateRecovery, Event, Page, Recovery, Report, State
 from recoup.schemas.recovery import TERMINAL_STATES
 from recoup_api.body import RecoveryBody, documented
 from recoup_api.watch import etag, known_etags, newer
 from recoup_api.wiring import After, Limit, TheLedger, TheSettings
 from recoup_jobs.artifacts import ARTIFACTS, RECIPE, open_artifact, read_manifest
-from recoup_jobs.errors import Conflict, NotFound
+from recoup_jobs.errors import Conflict, NotFound, RangeNotSatisfiable
 from recoup_jobs.ledger import Ledger
 from recoup_jobs.preflight import preflight
 from recoup_jobs.settings import Settings
+
+
+async def _one_range(request: Request) -> None:
+    if "," in request.headers.get("range", ""):
+        raise RangeNotSatisfiable("range_not_satisfiable", "ask for one range of bytes at a time")
+
 
 router = APIRouter(prefix="/v1/recoveries", tags=["recoveries"])
 
@@ -27,7 +33,7 @@ PICTURES = {"text/csv": "csv", "image/svg+xml": "svg", "image/png": "png"}
 """As what an alignment comes beside JSON."""
 
 
-@router.post("", status_code=202, openapi_extra=documented())
+@router.post("", status_code=202, openapi_extra=documented(CreateRecovery, "/v1/recoveries"))
 def create(body: RecoveryBody, ledger: TheLedger, settings: TheSettings, response: Response) -> Recovery:
     preflight(body, ledger, settings)
     recovery = ledger.create(body, settings.queue)
@@ -109,7 +115,7 @@ def artifacts(id: str, ledger: TheLedger, settings: TheSettings) -> Page[Artifac
     return Page(object="list", data=found, has_more=False, next_cursor=None)
 
 
-@router.get("/{id}/artifacts/{path:path}", response_class=FileResponse)
+@router.get("/{id}/artifacts/{path:path}", response_class=FileResponse, dependencies=[Depends(_one_range)])
 def artifact(id: str, path: str, ledger: TheLedger, settings: TheSettings) -> FileResponse:
     return FileResponse(open_artifact(_published(id, ledger, settings), path), headers=NOT_OUR_PAGE)
 

@@ -15,7 +15,8 @@ from recoup.schemas import BuiltinPrompts, File, FilePrompts, Prompt, TextRow
 from recoup_jobs import catalog
 from recoup_jobs.catalog import NewFile
 from recoup_jobs.durable import CHUNK, sync_folder
-from recoup_jobs.errors import TooLarge, Unprocessable
+from recoup_jobs.errors import BadRequest, TooLarge, Unprocessable
+from recoup_jobs.gzipped import unpacked
 from recoup_jobs.ledger import Ledger
 from recoup_jobs.rows import Row, RowKind, check, lines, read_row
 from recoup_jobs.settings import Settings
@@ -25,14 +26,22 @@ BUILTIN = Path(__file__).with_name("builtin")
 
 
 def store_file(
-    ledger: Ledger, settings: Settings, filename: str, purpose: str, chunks: Iterable[bytes]
+    ledger: Ledger,
+    settings: Settings,
+    filename: str,
+    purpose: str,
+    chunks: Iterable[bytes],
+    sha256: str | None = None,
 ) -> File:
-    """Keeps a JSONL data set; raises `Unprocessable` or `TooLarge`, and keeps nothing, if it is no good."""
+    """Keeps a JSONL data set, plain or gzipped; `sha256` is what the sender says of the bytes sent.
+
+    Raises `Unprocessable`, `TooLarge` or `BadRequest`, and keeps nothing, if it is no good.
+    """
     id = f"file-{secrets.token_hex(12)}"
     settings.files_dir.mkdir(parents=True, exist_ok=True)
     aside, place = settings.files_dir / f".{id}.part", file_path(settings, id)
     try:
-        checked = _write_checked(aside, chunks)
+        checked = _write_checked(aside, unpacked(chunks if sha256 is None else _as_declared(chunks, sha256)))
         aside.replace(place)
         sync_folder(settings.files_dir)
         return catalog.add(ledger, NewFile(id=id, filename=filename, purpose=purpose, **checked))
@@ -82,6 +91,15 @@ def require_kind(ledger: Ledger, id: str, kind: RowKind) -> None:
     found = catalog.kind(ledger, id)
     if found != kind:
         raise Unprocessable("wrong_rows", f"the file holds {found}; here it must hold {kind}")
+
+
+def _as_declared(chunks: Iterable[bytes], sha256: str) -> Iterator[bytes]:
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk)
+        yield chunk
+    if digest.hexdigest() != sha256:
+        raise BadRequest("checksum_mismatch", "the content's sha256 is not the one that was declared")
 
 
 def _write_checked(aside: Path, chunks: Iterable[bytes]) -> dict[str, Any]:

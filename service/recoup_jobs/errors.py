@@ -8,7 +8,9 @@
     │   └── StaleClaim             a writer whose claim on a job has passed to another
     ├── TooLarge              413
     ├── UnsupportedMedia      415
+    ├── RangeNotSatisfiable   416
     ├── Unprocessable         422  cannot be accepted as it was sent; names each finding
+    ├── HeadersTooLarge       431
     └── Unavailable           503  try again later
 
 A message is a sentence: what was expected, what was found, what to do. Why a *job* failed
@@ -61,6 +63,10 @@ class UnsupportedMedia(RecoupError):
     status = 415
 
 
+class RangeNotSatisfiable(RecoupError):
+    status = 416
+
+
 class Unprocessable(RecoupError):
     status = 422
 
@@ -68,6 +74,10 @@ class Unprocessable(RecoupError):
         super().__init__(code, message)
         self.args = (code, message, list(items))
         self.items = list(items)
+
+
+class HeadersTooLarge(RecoupError):
+    status = 431
 
 
 class Unavailable(RecoupError):

@@ -70,8 +70,8 @@ def test_lines_may_be_blank_end_as_they_like_and_arrive_in_any_pieces(store):
     [
         (b'{"prompt": ', "/line/7", "malformed_json"),
         (b'{"prompt": "\xff"}', "/line/7", "malformed_json"),
-        (b"[" * 5000, "/line/7", "malformed_json"),
-        (b'{"prompt": NaN}', "/line/7", "malformed_json"),
+        (b"[" * 5000, "/line/7", "too_deep"),
+        (b'{"prompt": NaN}', "/line/7/prompt", "invalid_value"),
         (b"[1, 2]", "/line/7", "unknown_row"),
         (b'{"question": "Why?"}', "/line/7", "unknown_row"),
         (b'{"prompt": 5}', "/line/7/prompt", "invalid_value"),
