@@ -12,7 +12,9 @@ from recoup_api import files, ops, problems, recoveries
 from recoup_api.guard import Guard
 from recoup_api.limit import BodyLimit
 from recoup_api.query import known_query
+from recoup_api.rates import Rates
 from recoup_jobs.dispatch import Publish, Sweeper, celery_app, celery_publisher
+from recoup_jobs.keys import Keyring
 from recoup_jobs.ledger import Ledger
 from recoup_jobs.settings import Settings
 
@@ -38,7 +40,8 @@ def create_app(
     )
     app.state.settings, app.state.ledger, app.state.sweeper = settings, ledger, sweeper
     app.add_middleware(BodyLimit, larger_by_path={"/v1/files": files.LARGEST_UPLOAD})
-    app.add_middleware(Guard, api_key=settings.api_key)
+    rates = Rates(settings.requests_per_second, settings.request_burst)
+    app.add_middleware(Guard, keys=Keyring(ledger, settings.api_key), rates=rates)
     problems.install(app, ROUTERS)
     for router in ROUTERS:
         app.include_router(router, dependencies=[Depends(known_query)])

@@ -11,12 +11,14 @@ from recoup.schemas import Alignment, Artifact, CreateRecovery, Event, Page, Rec
 from recoup.schemas.recovery import TERMINAL_STATES
 from recoup_api.body import RecoveryBody, documented
 from recoup_api.watch import etag, known_etags, newer
-from recoup_api.wiring import After, Limit, TheLedger, TheSettings
+from recoup_api.wiring import After, Limit, TheCaller, TheLedger, TheSettings, needs
 from recoup_jobs.artifacts import ARTIFACTS, RECIPE, open_artifact, read_manifest
 from recoup_jobs.errors import Conflict, NotFound, RangeNotSatisfiable
 from recoup_jobs.ledger import Ledger
 from recoup_jobs.preflight import preflight
+from recoup_jobs.quotas import require_room_for_job
 from recoup_jobs.settings import Settings
+from recoup_jobs.tenancy import require_own_files, require_own_job
 
 
 async def _one_range(request: Request) -> None:
@@ -24,7 +26,15 @@ async def _one_range(request: Request) -> None:
         raise RangeNotSatisfiable("range_not_satisfiable", "ask for one range of bytes at a time")
 
 
-router = APIRouter(prefix="/v1/recoveries", tags=["recoveries"])
+def _own(request: Request, ledger: TheLedger, caller: TheCaller) -> None:
+    """Whatever a route does with a recovery, it is the caller's."""
+    if "id" in request.path_params:
+        require_own_job(ledger, request.path_params["id"], caller.tenant)
+
+
+router = APIRouter(
+    prefix="/v1/recoveries", tags=["recoveries"], dependencies=[Depends(needs("jobs")), Depends(_own)]
+)
 
 # A report shows what models wrote; whatever a browser makes of it, it is not this server's own page.
 NOT_OUR_PAGE = {"Content-Security-Policy": "sandbox allow-scripts", "X-Content-Type-Options": "nosniff"}
@@ -34,18 +44,26 @@ PICTURES = {"text/csv": "csv", "image/svg+xml": "svg", "image/png": "png"}
 
 
 @router.post("", status_code=202, openapi_extra=documented(CreateRecovery, "/v1/recoveries"))
-def create(body: RecoveryBody, ledger: TheLedger, settings: TheSettings, response: Response) -> Recovery:
+def create(
+    body: RecoveryBody, ledger: TheLedger, settings: TheSettings, caller: TheCaller, response: Response
+) -> Recovery:
+    require_room_for_job(ledger, caller.tenant, settings.max_live_jobs)
+    require_own_files(ledger, body, caller.tenant)
     preflight(body, ledger, settings)
-    recovery = ledger.create(body, settings.queue)
+    recovery = ledger.create(body, settings.queue, caller.tenant)
     response.headers.update({"Location": f"/v1/recoveries/{recovery.id}", "ETag": etag(recovery)})
     return recovery
 
 
 @router.get("")
 def find(
-    ledger: TheLedger, after: After = None, limit: Limit = 20, state: State | None = None
+    ledger: TheLedger,
+    caller: TheCaller,
+    after: After = None,
+    limit: Limit = 20,
+    state: State | None = None,
 ) -> Page[Recovery]:
-    return ledger.list(after, limit, state)
+    return ledger.list(after, limit, state, caller.tenant)
 
 
 @router.get("/{id}", response_model=Recovery)

@@ -1,9 +1,12 @@
-"""What handlers ask for by type: the application's ledger and settings, and the bounds of a page."""
+"""What handlers ask for by type: the application's ledger and settings, who calls, the bounds of a page."""
 
+from collections.abc import Awaitable, Callable
 from typing import Annotated
 
 from fastapi import Depends, Query, Request
 
+from recoup_jobs.errors import Forbidden
+from recoup_jobs.keys import Caller
 from recoup_jobs.ledger import Ledger
 from recoup_jobs.settings import Settings
 
@@ -18,8 +21,25 @@ async def _settings(request: Request) -> Settings:
     return settings
 
 
+async def _caller(request: Request) -> Caller:
+    caller: Caller = request.state.caller
+    return caller
+
+
+def needs(what: str) -> Callable[[Request], Awaitable[None]]:
+    """A dependency of a router: its GETs need the scope `<what>:read`, all else `<what>:write`."""
+
+    async def check(request: Request) -> None:
+        scope = f"{what}:{'read' if request.method == 'GET' else 'write'}"
+        if scope not in request.state.caller.scopes:
+            raise Forbidden("insufficient_scope", f"this key lacks the scope {scope}")
+
+    return check
+
+
 TheLedger = Annotated[Ledger, Depends(_ledger)]
 TheSettings = Annotated[Settings, Depends(_settings)]
+TheCaller = Annotated[Caller, Depends(_caller)]
 
 Limit = Annotated[int, Query(ge=1, le=100)]
 After = Annotated[str | None, Query(max_length=64)]

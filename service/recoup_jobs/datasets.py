@@ -20,6 +20,7 @@ from recoup_jobs.gzipped import unpacked
 from recoup_jobs.ledger import Ledger
 from recoup_jobs.rows import Row, RowKind, check, lines, read_row
 from recoup_jobs.settings import Settings
+from recoup_jobs.tables import DEFAULT_TENANT
 
 MOST_BYTES = 512 << 20
 BUILTIN = Path(__file__).with_name("builtin")
@@ -32,6 +33,7 @@ def store_file(
     purpose: str,
     chunks: Iterable[bytes],
     sha256: str | None = None,
+    tenant: str = DEFAULT_TENANT,
 ) -> File:
     """Keeps a JSONL data set, plain or gzipped; `sha256` is what the sender says of the bytes sent.
 
@@ -44,7 +46,8 @@ def store_file(
         checked = _write_checked(aside, unpacked(chunks if sha256 is None else _as_declared(chunks, sha256)))
         aside.replace(place)
         sync_folder(settings.files_dir)
-        return catalog.add(ledger, NewFile(id=id, filename=filename, purpose=purpose, **checked))
+        new = NewFile(id=id, filename=filename, purpose=purpose, tenant=tenant, **checked)
+        return catalog.add(ledger, new)
     except BaseException:
         place.unlink(missing_ok=True)
         raise
@@ -52,8 +55,8 @@ def store_file(
         aside.unlink(missing_ok=True)
 
 
-def delete_file(ledger: Ledger, settings: Settings, id: str) -> None:
-    catalog.remove(ledger, id)
+def delete_file(ledger: Ledger, settings: Settings, id: str, tenant: str) -> None:
+    catalog.remove(ledger, id, tenant)
     file_path(settings, id).unlink(missing_ok=True)
 
 

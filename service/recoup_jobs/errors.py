@@ -3,6 +3,7 @@
     RecoupError               500
     ├── BadRequest            400  not readable as what it claims to be
     ├── Unauthorized          401  no key, or not this one
+    ├── Forbidden             403  a key without the scope
     ├── NotFound              404  no such thing
     ├── Conflict              409  not in this state
     │   └── StaleClaim             a writer whose claim on a job has passed to another
@@ -10,6 +11,7 @@
     ├── UnsupportedMedia      415
     ├── RangeNotSatisfiable   416
     ├── Unprocessable         422  cannot be accepted as it was sent; names each finding
+    ├── TooMany               429  too often, or too much at a time
     ├── HeadersTooLarge       431
     └── Unavailable           503  try again later
 
@@ -43,6 +45,10 @@ class Unauthorized(RecoupError):
     status = 401
 
 
+class Forbidden(RecoupError):
+    status = 403
+
+
 class NotFound(RecoupError):
     status = 404
 
@@ -74,6 +80,15 @@ class Unprocessable(RecoupError):
         super().__init__(code, message)
         self.args = (code, message, list(items))
         self.items = list(items)
+
+
+class TooMany(RecoupError):
+    status = 429
+
+    def __init__(self, code: str, message: str, retry_after: int) -> None:
+        super().__init__(code, message)
+        self.args = (code, message, retry_after)
+        self.retry_after = retry_after
 
 
 class HeadersTooLarge(RecoupError):

@@ -20,7 +20,7 @@ from recoup_jobs.errors import BadRequest, Conflict, NotFound
 from recoup_jobs.history import EventType, append, move
 from recoup_jobs.pages import page
 from recoup_jobs.settings import Settings
-from recoup_jobs.tables import events, jobs, now, stages
+from recoup_jobs.tables import DEFAULT_TENANT, events, jobs, now, stages
 
 JOB_ID = re.compile(r"rec_[0-9a-f]{24}")
 
@@ -53,7 +53,7 @@ class Ledger:
 
     # What clients do
 
-    def create(self, request: CreateRecovery, queue: str) -> Recovery:
+    def create(self, request: CreateRecovery, queue: str, tenant: str = DEFAULT_TENANT) -> Recovery:
         id = f"rec_{secrets.token_hex(12)}"
         row = {
             "id": id,
@@ -61,6 +61,7 @@ class Ledger:
             "request": request.model_dump_json(),
             "priority": request.priority,
             "queue": queue,
+            "tenant": tenant,
             "created_at": now(),
         }
         with self.engine.begin() as conn:
@@ -72,9 +73,11 @@ class Ledger:
         with self.reading() as conn:
             return _recovery(_job(conn, id))
 
-    def list(self, after: str | None, limit: int, state: State | None = None) -> Page[Recovery]:
+    def list(
+        self, after: str | None, limit: int, state: State | None = None, tenant: str = DEFAULT_TENANT
+    ) -> Page[Recovery]:
         """Newest first, from the job that came before `after`."""
-        query = select(jobs).order_by(jobs.c.number.desc()).limit(limit + 1)
+        query = select(jobs).where(jobs.c.tenant == tenant).order_by(jobs.c.number.desc()).limit(limit + 1)
         if state is not None:
             query = query.where(jobs.c.state == state)
         with self.reading() as conn:

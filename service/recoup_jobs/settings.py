@@ -35,7 +35,15 @@ class Settings(BaseSettings):
     model_roots: Annotated[list[Path], NoDecode] = []
     """Folders below which models may lie, comma separated; default: `models` below `home`."""
     api_key: SecretStr | None = None
-    """Asked of all but probes and documentation; without it only loopback names are served."""
+    """The operator's own key. Without it, and without keys in the ledger, only loopback names are served."""
+    requests_per_second: Annotated[float, Field(gt=0)] = 50
+    """How often one key may call in the long run."""
+    request_burst: Count = 200
+    """How often at once."""
+    max_live_jobs: Count = 1000
+    """Recoveries of one tenant that have not ended."""
+    max_stored_bytes: Count = 100 << 30
+    """Data sets of one tenant."""
     queue: Annotated[str, Field(pattern=r"^[a-z0-9.]{1,64}$")] = "gpu.cpu"
     """The class of machine that new jobs ask for."""
     lease_seconds: Seconds = 30

@@ -1,4 +1,4 @@
-"""The four tables of the ledger, and the database's own clock.
+"""The tables of the ledger, and the database's own clock.
 
 Times are Unix seconds. `jobs.number` orders jobs by arrival, `jobs.id` is what the world
 sees. `jobs.last_seq` counts the job's events, so that `events.seq` has no gaps. The
@@ -13,6 +13,7 @@ from sqlalchemy import (
     Column,
     Double,
     ForeignKey,
+    Index,
     Integer,
     MetaData,
     String,
@@ -24,6 +25,14 @@ from sqlalchemy.sql.functions import FunctionElement
 
 metadata = MetaData()
 Number = BigInteger().with_variant(Integer, "sqlite")
+
+DEFAULT_TENANT = "default"
+"""Whose everything is, where keys name no other."""
+
+
+def _tenant() -> Column[str]:
+    return Column("tenant", String(64), nullable=False, default=DEFAULT_TENANT, server_default=DEFAULT_TENANT)
+
 
 jobs = Table(
     "jobs",
@@ -49,6 +58,8 @@ jobs = Table(
     Column("created_at", Double, nullable=False),
     Column("started_at", Double),
     Column("finished_at", Double),
+    _tenant(),
+    Index("ix_jobs_tenant", "tenant", "number"),
     sqlite_autoincrement=True,
 )
 
@@ -85,7 +96,22 @@ files = Table(
     Column("rows", Integer, nullable=False),
     Column("sha256", String(64), nullable=False),
     Column("created_at", Double, nullable=False),
+    _tenant(),
+    Index("ix_files_tenant", "tenant", "number"),
     sqlite_autoincrement=True,
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("prefix", String(16), primary_key=True),
+    Column("sha256", String(64), nullable=False),
+    Column("tenant", String(64), nullable=False),
+    Column("name", String(64), nullable=False),
+    Column("scopes", JSON, nullable=False),
+    Column("created_at", Double, nullable=False),
+    Column("expires_at", Double),
+    Column("revoked_at", Double),
 )
 
 
