@@ -10,13 +10,16 @@ import recoup
 from recoup.schemas import Problem
 from recoup_api import files, ops, problems, recoveries
 from recoup_api.guard import Guard
+from recoup_api.idempotency import InFlightKeys
 from recoup_api.limit import BodyLimit
 from recoup_api.query import known_query
 from recoup_api.rates import Rates
+from recoup_api.watch import Watch
 from recoup_jobs.dispatch import Publish, Sweeper, celery_app, celery_publisher
 from recoup_jobs.keys import Keyring
 from recoup_jobs.ledger import Ledger
 from recoup_jobs.settings import Settings
+from recoup_jobs.signing import installation_secret
 
 ROUTERS = (recoveries.router, files.router, ops.router)
 
@@ -39,6 +42,8 @@ def create_app(
         responses={"default": {"model": Problem, "description": "What went wrong (RFC 9457)."}},
     )
     app.state.settings, app.state.ledger, app.state.sweeper = settings, ledger, sweeper
+    app.state.watch, app.state.in_flight = Watch(ledger), InFlightKeys()
+    app.state.secret = installation_secret(settings)
     app.add_middleware(BodyLimit, larger_by_path={"/v1/files": files.LARGEST_UPLOAD})
     rates = Rates(settings.requests_per_second, settings.request_burst)
     app.add_middleware(Guard, keys=Keyring(ledger, settings.api_key), rates=rates)

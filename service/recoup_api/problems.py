@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
 from recoup.schemas import Problem, ProblemItem
-from recoup_jobs.errors import RecoupError, TooMany, Unavailable, Unprocessable
+from recoup_jobs.errors import RecoupError, Unavailable, Unprocessable
 from recoup_jobs.findings import pointer
 
 HEADERS_BY_STATUS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "5"}}
@@ -36,7 +36,7 @@ def install(app: FastAPI, routers: Sequence[APIRouter]) -> None:
 
 def answer(error: RecoupError, request_id: str) -> JSONResponse:
     items = error.items if isinstance(error, Unprocessable) else ()
-    headers = {"Retry-After": str(error.retry_after)} if isinstance(error, TooMany) else {}
+    headers = {"Retry-After": str(error.retry_after)} if error.retry_after else {}
     return _problem(error.status, error.code, error.message, request_id, items, headers)
 
 

@@ -5,6 +5,7 @@ from typing import Annotated
 
 from fastapi import Depends, Query, Request
 
+from recoup_api.watch import Watch
 from recoup_jobs.errors import Forbidden
 from recoup_jobs.keys import Caller
 from recoup_jobs.ledger import Ledger
@@ -19,6 +20,11 @@ async def _ledger(request: Request) -> Ledger:
 async def _settings(request: Request) -> Settings:
     settings: Settings = request.app.state.settings
     return settings
+
+
+async def _watch(request: Request) -> Watch:
+    watch: Watch = request.app.state.watch
+    return watch
 
 
 async def _caller(request: Request) -> Caller:
@@ -39,8 +45,9 @@ def needs(what: str) -> Callable[[Request], Awaitable[None]]:
 
 TheLedger = Annotated[Ledger, Depends(_ledger)]
 TheSettings = Annotated[Settings, Depends(_settings)]
+TheWatch = Annotated[Watch, Depends(_watch)]
 TheCaller = Annotated[Caller, Depends(_caller)]
 
 Limit = Annotated[int, Query(ge=1, le=100)]
-After = Annotated[str | None, Query(max_length=64)]
+After = Annotated[str | None, Query(max_length=200)]
 """The `next_cursor` of the page before."""

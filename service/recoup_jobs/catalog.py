@@ -1,6 +1,7 @@
 """The rows of uploaded files; their bytes lie in `Settings.files_dir` (see `datasets.py`)."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,10 +33,16 @@ class NewFile:
     tenant: str
 
 
-def add(ledger: Ledger, new: NewFile) -> File:
+Also = Callable[[Connection, File], None]
+"""What else belongs into the transaction that makes a file known."""
+
+
+def add(ledger: Ledger, new: NewFile, also: Also) -> File:
     with ledger.engine.begin() as conn:
         conn.execute(insert(files).values(created_at=now(), **vars(new)))
-        return _file(_row(conn, new.id))
+        file = _file(_row(conn, new.id))
+        also(conn, file)
+        return file
 
 
 def get(ledger: Ledger, id: str, tenant: str) -> File:

@@ -8,12 +8,13 @@ import hashlib
 import os
 import secrets
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from recoup.schemas import BuiltinPrompts, File, FilePrompts, Prompt, TextRow
 from recoup_jobs import catalog
-from recoup_jobs.catalog import NewFile
+from recoup_jobs.catalog import Also, NewFile
 from recoup_jobs.durable import CHUNK, sync_folder
 from recoup_jobs.errors import BadRequest, TooLarge, Unprocessable
 from recoup_jobs.gzipped import unpacked
@@ -26,16 +27,25 @@ MOST_BYTES = 512 << 20
 BUILTIN = Path(__file__).with_name("builtin")
 
 
+@dataclass(frozen=True)
+class Upload:
+    """What comes with the bytes of a data set."""
+
+    filename: str
+    purpose: str
+    tenant: str = DEFAULT_TENANT
+    sha256: str | None = None
+    """What the sender says of the bytes as they are sent."""
+
+
 def store_file(
     ledger: Ledger,
     settings: Settings,
-    filename: str,
-    purpose: str,
+    upload: Upload,
     chunks: Iterable[bytes],
-    sha256: str | None = None,
-    tenant: str = DEFAULT_TENANT,
+    also: Also = lambda *_: None,
 ) -> File:
-    """Keeps a JSONL data set, plain or gzipped; `sha256` is what the sender says of the bytes sent.
+    """Keeps a JSONL data set, plain or gzipped; what `also` writes is there with it, or neither is.
 
     Raises `Unprocessable`, `TooLarge` or `BadRequest`, and keeps nothing, if it is no good.
     """
@@ -43,11 +53,13 @@ def store_file(
     settings.files_dir.mkdir(parents=True, exist_ok=True)
     aside, place = settings.files_dir / f".{id}.part", file_path(settings, id)
     try:
-        checked = _write_checked(aside, unpacked(chunks if sha256 is None else _as_declared(chunks, sha256)))
+        checked = _write_checked(aside, unpacked(_as_declared(chunks, upload.sha256)))
         aside.replace(place)
         sync_folder(settings.files_dir)
-        new = NewFile(id=id, filename=filename, purpose=purpose, tenant=tenant, **checked)
-        return catalog.add(ledger, new)
+        new = NewFile(
+            id=id, filename=upload.filename, purpose=upload.purpose, tenant=upload.tenant, **checked
+        )
+        return catalog.add(ledger, new, also)
     except BaseException:
         place.unlink(missing_ok=True)
         raise
@@ -96,12 +108,12 @@ def require_kind(ledger: Ledger, id: str, kind: RowKind) -> None:
         raise Unprocessable("wrong_rows", f"the file holds {found}; here it must hold {kind}")
 
 
-def _as_declared(chunks: Iterable[bytes], sha256: str) -> Iterator[bytes]:
+def _as_declared(chunks: Iterable[bytes], sha256: str | None) -> Iterator[bytes]:
     digest = hashlib.sha256()
     for chunk in chunks:
         digest.update(chunk)
         yield chunk
-    if digest.hexdigest() != sha256:
+    if sha256 not in (None, digest.hexdigest()):
         raise BadRequest("checksum_mismatch", "the content's sha256 is not the one that was declared")
 
 

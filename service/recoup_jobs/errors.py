@@ -6,7 +6,8 @@
     ├── Forbidden             403  a key without the scope
     ├── NotFound              404  no such thing
     ├── Conflict              409  not in this state
-    │   └── StaleClaim             a writer whose claim on a job has passed to another
+    │   ├── StaleClaim             a writer whose claim on a job has passed to another
+    │   └── InFlight               the same request is at work already
     ├── TooLarge              413
     ├── UnsupportedMedia      415
     ├── RangeNotSatisfiable   416
@@ -27,6 +28,8 @@ from recoup.schemas import ProblemItem
 
 class RecoupError(Exception):
     status: ClassVar[int] = 500
+    retry_after: int | None = None
+    """Seconds after which the same request may succeed."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(code, message)
@@ -59,6 +62,10 @@ class Conflict(RecoupError):
 
 class StaleClaim(Conflict):
     """Stop working: the job has another owner by now, or has ended."""
+
+
+class InFlight(Conflict):
+    retry_after = 1
 
 
 class TooLarge(RecoupError):

@@ -7,7 +7,7 @@ stands in `claims.py`, how a row changes together with its history in `history.p
 
 import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
@@ -53,7 +53,14 @@ class Ledger:
 
     # What clients do
 
-    def create(self, request: CreateRecovery, queue: str, tenant: str = DEFAULT_TENANT) -> Recovery:
+    def create(
+        self,
+        request: CreateRecovery,
+        queue: str,
+        tenant: str = DEFAULT_TENANT,
+        also: Callable[[Connection, Recovery], None] = lambda *_: None,
+    ) -> Recovery:
+        """A queued job; what `also` writes is there with it, or neither is."""
         id = f"rec_{secrets.token_hex(12)}"
         row = {
             "id": id,
@@ -67,7 +74,9 @@ class Ledger:
         with self.engine.begin() as conn:
             conn.execute(insert(jobs).values(row))
             append(conn, id, 0, "state", {"state": "queued", "from": None})
-            return _recovery(_job(conn, id))
+            recovery = _recovery(_job(conn, id))
+            also(conn, recovery)
+            return recovery
 
     def get(self, id: str) -> Recovery:
         with self.reading() as conn:

@@ -36,6 +36,8 @@ class Settings(BaseSettings):
     """Folders below which models may lie, comma separated; default: `models` below `home`."""
     api_key: SecretStr | None = None
     """The operator's own key. Without it, and without keys in the ledger, only loopback names are served."""
+    secret: SecretStr | None = None
+    """Signs cursors; several hosts share it. Default: a file below `home`."""
     requests_per_second: Annotated[float, Field(gt=0)] = 50
     """How often one key may call in the long run."""
     request_burst: Count = 200

@@ -114,6 +114,18 @@ api_keys = Table(
     Column("revoked_at", Double),
 )
 
+answers = Table(
+    "answers",
+    metadata,
+    Column("tenant", String(64), primary_key=True),
+    Column("key", String(255), primary_key=True),
+    Column("fingerprint", String(64), nullable=False),
+    Column("status", Integer, nullable=False),
+    Column("headers", JSON, nullable=False),
+    Column("body", Text, nullable=False),
+    Column("created_at", Double, nullable=False, index=True),
+)
+
 
 class now(FunctionElement[float]):  # noqa: N801 - an SQL function
     """Unix seconds by the database's clock: leases never compare the clocks of two machines."""

@@ -28,8 +28,8 @@ SCRIPT = 'print("β")\n'
 
 
 @pytest.fixture
-def settings(tmp_path):
-    return Settings(home=tmp_path / "home", sweep_seconds=0.02)
+def settings(tmp_path, database):
+    return Settings(home=tmp_path / "home", database_url=database, sweep_seconds=0.02)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import pytest
 
 from recoup.schemas import BuiltinPrompts, FilePrompts
 from recoup_jobs import catalog, rows
-from recoup_jobs.datasets import delete_file, load_prompts, load_text, store_file
+from recoup_jobs.datasets import Upload, delete_file, load_prompts, load_text, store_file
 from recoup_jobs.errors import Conflict, NotFound, TooLarge, Unprocessable
 
 CHAT = b'{"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}'
@@ -16,7 +16,7 @@ TEXT = b'{"text": "It rained."}'
 @pytest.fixture
 def store(ledger, settings):
     def store(*chunks):
-        return store_file(ledger, settings, "data.jsonl", "fine-tune", chunks)
+        return store_file(ledger, settings, Upload("data.jsonl", "fine-tune"), chunks)
 
     return store
 
@@ -120,7 +120,7 @@ def test_an_endless_line_is_refused_before_it_ends(ledger, settings):
             yield b"x" * (1 << 19)
 
     with pytest.raises(Unprocessable) as refused:
-        store_file(ledger, settings, "data.jsonl", "fine-tune", endless())
+        store_file(ledger, settings, Upload("data.jsonl", "fine-tune"), endless())
     assert refused.value.code == "line_too_long"
     assert refused.value.items[0].pointer == "/line/2"
 
@@ -141,7 +141,7 @@ def test_an_upload_that_breaks_off_leaves_nothing(ledger, settings):
         raise ConnectionResetError
 
     with pytest.raises(ConnectionResetError):
-        store_file(ledger, settings, "data.jsonl", "fine-tune", broken())
+        store_file(ledger, settings, Upload("data.jsonl", "fine-tune"), broken())
     assert list(settings.files_dir.iterdir()) == []
     assert catalog.find(ledger, "default", None, 10).data == []
 
