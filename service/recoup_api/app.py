@@ -7,8 +7,8 @@ from fastapi import Depends, FastAPI
 from fastapi.concurrency import run_in_threadpool
 
 import recoup
-from recoup.schemas import Problem
-from recoup_api import files, ops, problems, recoveries
+from recoup.schemas import CreateRecovery, Problem
+from recoup_api import document, files, ops, problems, recoveries
 from recoup_api.guard import Guard
 from recoup_api.idempotency import InFlightKeys
 from recoup_api.limit import BodyLimit
@@ -22,6 +22,9 @@ from recoup_jobs.settings import Settings
 from recoup_jobs.signing import installation_secret
 
 ROUTERS = (recoveries.router, files.router, ops.router)
+
+INPUTS = (CreateRecovery,)
+"""Models of JSON bodies."""
 
 
 def create_app(
@@ -48,6 +51,7 @@ def create_app(
     rates = Rates(settings.requests_per_second, settings.request_burst)
     app.add_middleware(Guard, keys=Keyring(ledger, settings.api_key), rates=rates)
     problems.install(app, ROUTERS)
+    document.install(app, INPUTS)
     for router in ROUTERS:
         app.include_router(router, dependencies=[Depends(known_query)])
     return app

@@ -51,9 +51,8 @@ def _require_json(content_type: str) -> None:
 RecoveryBody = Annotated[CreateRecovery, Depends(body_of(CreateRecovery))]
 
 
-def documented(model: type[BaseModel], path: str) -> dict[str, Any]:
-    """The body's part of the OpenAPI document, for the POST of `path`."""
-    place = path.replace("/", "~1")
-    at = f"#/paths/{place}/post/requestBody/content/application~1json/schema/$defs/{{model}}"
-    schema = model.model_json_schema(ref_template=at)
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+def documented(model: type[BaseModel], example: Any) -> dict[str, Any]:
+    """The body's part of the OpenAPI document; `document.py` adds the schema."""
+    schema = {"$ref": f"#/components/schemas/{model.__name__}Input"}
+    content = {"application/json": {"schema": schema, "example": example}}
+    return {"requestBody": {"required": True, "content": content}}

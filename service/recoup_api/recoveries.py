@@ -15,6 +15,7 @@ from recoup.schemas import Alignment, Artifact, CreateRecovery, Event, Page, Rec
 from recoup.schemas.recovery import TERMINAL_STATES
 from recoup_api.body import RecoveryBody, documented
 from recoup_api.cursors import seal, unseal
+from recoup_api.examples import REQUEST
 from recoup_api.idempotency import IdempotencyKey, Keep, answer_once
 from recoup_api.watch import etag, known_etags
 from recoup_api.wiring import After, Limit, TheCaller, TheLedger, TheSettings, TheWatch, needs
@@ -56,7 +57,7 @@ PICTURES = {"text/csv": "csv", "image/svg+xml": "svg", "image/png": "png"}
     "",
     status_code=202,
     response_model=Recovery,
-    openapi_extra=documented(CreateRecovery, "/v1/recoveries"),
+    openapi_extra=documented(CreateRecovery, REQUEST),
 )
 def create(
     request: Request,
