@@ -8,7 +8,7 @@ from fastapi.concurrency import run_in_threadpool
 
 import recoup
 from recoup.schemas import CreateRecovery, Problem
-from recoup_api import document, files, ops, problems, recoveries
+from recoup_api import document, files, fine_tuning, ops, problems, recoveries
 from recoup_api.guard import Guard
 from recoup_api.idempotency import InFlightKeys
 from recoup_api.limit import BodyLimit
@@ -18,12 +18,13 @@ from recoup_api.watch import Watch
 from recoup_jobs.dispatch import Publish, Sweeper, celery_app, celery_publisher
 from recoup_jobs.keys import Keyring
 from recoup_jobs.ledger import Ledger
+from recoup_jobs.openai_jobs import CreateJob
 from recoup_jobs.settings import Settings
 from recoup_jobs.signing import installation_secret
 
-ROUTERS = (recoveries.router, files.router, ops.router)
+ROUTERS = (recoveries.router, files.router, fine_tuning.router, ops.router)
 
-INPUTS = (CreateRecovery,)
+INPUTS = (CreateRecovery, CreateJob)
 """Models of JSON bodies."""
 
 

@@ -84,6 +84,16 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("get", "/v1/files/{id}/content"): _o(
         "getFileContent", "Fetch a data set", {404}, "application/jsonl", extra={206: "The range asked for."}
     ),
+    ("post", "/v1/fine_tuning/jobs"): _o("createFineTuningJob", "Fine-tune, as OpenAI's API does", CREATES),
+    ("get", "/v1/fine_tuning/jobs"): _o("listFineTuningJobs", "List jobs, newest first"),
+    ("get", "/v1/fine_tuning/jobs/{id}"): _o("getFineTuningJob", "Read a job", {404}),
+    ("post", "/v1/fine_tuning/jobs/{id}/cancel"): _o("cancelFineTuningJob", "Stop a job", {404, 409}),
+    ("get", "/v1/fine_tuning/jobs/{id}/events"): _o(
+        "listFineTuningEvents", "What happened, newest first", {404}
+    ),
+    ("get", "/v1/fine_tuning/jobs/{id}/checkpoints"): _o(
+        "listFineTuningCheckpoints", "Validated steps, newest first", {404}
+    ),
     ("get", "/v1/capabilities"): _o("getCapabilities", "What this installation can do"),
     ("get", "/healthz"): _o("getHealth", "Whether the process is alive"),
     ("get", "/readyz"): _o("getReadiness", "Whether the service can work", {503}),

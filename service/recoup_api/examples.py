@@ -13,6 +13,7 @@ from recoup.schemas import (
     Problem,
     Recovery,
 )
+from recoup_jobs.openai_jobs import as_checkpoint, as_job, as_job_event
 
 RECOVERY_ID, FILE_ID = "rec_5f0c9a1e7d3b4c2a8e6f1d09", "file-0123456789abcdef01234567"
 AT = 1764000000.0
@@ -22,6 +23,13 @@ REQUEST = {
     "teacher": {"source": "its-original"},
     "prompts": {"file": FILE_ID},
     "metadata": {"ticket": "42"},
+}
+
+JOB_REQUEST = {
+    "model": "my-model",
+    "training_file": FILE_ID,
+    "method": {"type": "supervised"},
+    "suffix": "tone",
 }
 
 PROBLEM = Problem(
@@ -61,9 +69,16 @@ _file = File(
     created_at=int(AT),
     filename="general.jsonl",
     purpose="fine-tune",
+    status="processed",
     rows=64,
     sha256="9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
 ).model_dump()
+_job = as_job(Recovery.model_validate(_recovery), {}, "default")
+_job_event = as_job_event(Event.model_validate(_event))
+_checkpoint = as_checkpoint(
+    RECOVERY_ID,
+    Event.model_validate(_event | {"seq": 9, "type": "metric", "data": {"step": 40, "kl": 0.021}}),
+)
 _artifact = Artifact(object="artifact", path="report.json", size=2048, sha256=_file["sha256"]).model_dump()
 
 
@@ -82,6 +97,12 @@ EXAMPLES: dict[str, Any] = {
     "listFiles": _page(_file),
     "getFile": _file,
     "deleteFile": DeletedFile(id=FILE_ID, object="file", deleted=True).model_dump(),
+    "createFineTuningJob": _job,
+    "listFineTuningJobs": _page(_job),
+    "getFineTuningJob": _job,
+    "cancelFineTuningJob": _job | {"status": "cancelled", "finished_at": int(AT) + 60},
+    "listFineTuningEvents": _page(_job_event),
+    "listFineTuningCheckpoints": _page(_checkpoint),
     "getCapabilities": Capabilities(
         version="0.1.0",
         damages=["finetuning", "quantization", "pruning"],

@@ -3,9 +3,9 @@
 import hashlib
 from collections.abc import Iterator
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Literal
 
-from fastapi import APIRouter, Depends, Form, Request, Response, UploadFile
+from fastapi import APIRouter, Depends, Form, Query, Request, Response, UploadFile
 from fastapi.responses import FileResponse
 from sqlalchemy import Connection
 
@@ -23,7 +23,8 @@ router = APIRouter(prefix="/v1/files", tags=["files"], dependencies=[Depends(nee
 LARGEST_UPLOAD = MOST_BYTES + (64 << 10)
 """A data set and the form around it."""
 
-Purpose = Annotated[str, Form(pattern=r"^[a-z0-9_-]{1,64}$")]
+PURPOSE = r"^[a-z0-9_-]{1,64}$"
+Purpose = Annotated[str, Form(pattern=PURPOSE)]
 
 
 Sha256 = Annotated[str | None, Form(pattern=r"^[0-9a-f]{64}$")]
@@ -53,8 +54,15 @@ def upload(
 
 
 @router.get("")
-def find(ledger: TheLedger, caller: TheCaller, after: After = None, limit: Limit = 20) -> Page[File]:
-    return catalog.find(ledger, caller.tenant, after, limit)
+def find(
+    ledger: TheLedger,
+    caller: TheCaller,
+    after: After = None,
+    limit: Limit = 20,
+    purpose: Annotated[str | None, Query(pattern=PURPOSE)] = None,
+    order: Literal["asc", "desc"] = "desc",
+) -> Page[File]:
+    return catalog.find(ledger, caller.tenant, after, limit, purpose, order == "asc")
 
 
 @router.get("/{id}")

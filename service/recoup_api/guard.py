@@ -60,10 +60,10 @@ class Guard:
             require_countable_body(headers)
             caller = await self._admit(scope["path"], headers)
         except RecoupError as refusal:
-            return await answer(refusal, request_id)(scope, receive, send_named)
+            return await answer(refusal, request_id, scope["path"])(scope, receive, send_named)
         except OUTAGES:
             away = Unavailable("database_unavailable", "the ledger cannot be reached now; try again")
-            return await answer(away, request_id)(scope, receive, send_named)
+            return await answer(away, request_id, scope["path"])(scope, receive, send_named)
         scope.setdefault("state", {}).update(request_id=request_id, caller=caller)
         return await self._app(scope, receive, send_named)
 

@@ -18,7 +18,7 @@ from recoup_api.cursors import seal, unseal
 from recoup_api.examples import REQUEST
 from recoup_api.idempotency import IdempotencyKey, Keep, answer_once
 from recoup_api.watch import etag, known_etags
-from recoup_api.wiring import After, Limit, TheCaller, TheLedger, TheSettings, TheWatch, needs
+from recoup_api.wiring import After, Limit, TheCaller, TheLedger, TheSettings, TheWatch, needs, own_recovery
 from recoup_jobs.answers import Answer
 from recoup_jobs.artifacts import ARTIFACTS, RECIPE, open_artifact, read_manifest
 from recoup_jobs.errors import BadRequest, Conflict, NotFound, RangeNotSatisfiable
@@ -26,7 +26,7 @@ from recoup_jobs.ledger import Ledger
 from recoup_jobs.preflight import preflight
 from recoup_jobs.quotas import require_room_for_job
 from recoup_jobs.settings import Settings
-from recoup_jobs.tenancy import require_own_files, require_own_job
+from recoup_jobs.tenancy import require_own_files
 
 
 async def _one_range(request: Request) -> None:
@@ -34,14 +34,8 @@ async def _one_range(request: Request) -> None:
         raise RangeNotSatisfiable("range_not_satisfiable", "ask for one range of bytes at a time")
 
 
-def _own(request: Request, ledger: TheLedger, caller: TheCaller) -> None:
-    """Whatever a route does with a recovery, it is the caller's."""
-    if "id" in request.path_params:
-        require_own_job(ledger, request.path_params["id"], caller.tenant)
-
-
 router = APIRouter(
-    prefix="/v1/recoveries", tags=["recoveries"], dependencies=[Depends(needs("jobs")), Depends(_own)]
+    prefix="/v1/recoveries", tags=["recoveries"], dependencies=[Depends(needs("jobs")), Depends(own_recovery)]
 )
 
 # A report shows what models wrote; whatever a browser makes of it, it is not this server's own page.

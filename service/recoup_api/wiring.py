@@ -10,6 +10,7 @@ from recoup_jobs.errors import Forbidden
 from recoup_jobs.keys import Caller
 from recoup_jobs.ledger import Ledger
 from recoup_jobs.settings import Settings
+from recoup_jobs.tenancy import require_own_job
 
 
 async def _ledger(request: Request) -> Ledger:
@@ -47,6 +48,13 @@ TheLedger = Annotated[Ledger, Depends(_ledger)]
 TheSettings = Annotated[Settings, Depends(_settings)]
 TheWatch = Annotated[Watch, Depends(_watch)]
 TheCaller = Annotated[Caller, Depends(_caller)]
+
+
+def own_recovery(request: Request, ledger: TheLedger, caller: TheCaller) -> None:
+    """Whatever a route does with a recovery, it is the caller's."""
+    if "id" in request.path_params:
+        require_own_job(ledger, request.path_params["id"], caller.tenant)
+
 
 Limit = Annotated[int, Query(ge=1, le=100)]
 After = Annotated[str | None, Query(max_length=200)]

@@ -57,12 +57,23 @@ def kind(ledger: Ledger, id: str) -> RowKind:
         return found
 
 
-def find(ledger: Ledger, tenant: str, after: str | None, limit: int) -> Page[File]:
-    """Newest first."""
-    query = select(files).where(files.c.tenant == tenant).order_by(files.c.number.desc()).limit(limit + 1)
+def find(
+    ledger: Ledger,
+    tenant: str,
+    after: str | None,
+    limit: int,
+    purpose: str | None = None,
+    oldest_first: bool = False,
+) -> Page[File]:
+    """Newest first, unless told otherwise."""
+    order = files.c.number.asc() if oldest_first else files.c.number.desc()
+    query = select(files).where(files.c.tenant == tenant).order_by(order).limit(limit + 1)
+    if purpose is not None:
+        query = query.where(files.c.purpose == purpose)
     with ledger.reading() as conn:
         if after is not None:
-            query = query.where(files.c.number < _cursor(conn, after, tenant))
+            seen = _cursor(conn, after, tenant)
+            query = query.where(files.c.number > seen if oldest_first else files.c.number < seen)
         found = [_file(row) for row in conn.execute(query)]
     return page(found, limit, lambda file: file.id)
 
@@ -105,6 +116,7 @@ def _file(row: Row[Any]) -> File:
         created_at=int(row.created_at),
         filename=row.filename,
         purpose=row.purpose,
+        status="processed",
         rows=row.rows,
         sha256=row.sha256,
     )

@@ -100,7 +100,7 @@ class Ledger:
         query = select(events).where(events.c.job_id == id, events.c.seq > after).order_by(events.c.seq)
         with self.reading() as conn:
             _job(conn, id)
-            found = [_event(row) for row in conn.execute(query.limit(limit + 1))]
+            found = [as_event(row) for row in conn.execute(query.limit(limit + 1))]
         return page(found, limit, lambda event: str(event.seq))
 
     def cancel(self, id: str) -> Recovery:
@@ -251,7 +251,7 @@ def _recovery(row: Row[Any]) -> Recovery:
     )
 
 
-def _event(row: Row[Any]) -> Event:
+def as_event(row: Row[Any]) -> Event:
     return Event(
         object="recovery.event", seq=row.seq, epoch=row.epoch, type=row.type, data=row.data, at=row.at
     )

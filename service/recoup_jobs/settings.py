@@ -4,17 +4,33 @@
 arguments. A child process reads the same values from `environment()`.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, SecretStr, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 PREFIX = "RECOUP_"
 
 Seconds = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+
+
+class Alias(BaseModel):
+    """What a model's name stands for, to code that was written for OpenAI's fine-tuning API."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    student: str
+    teacher: str | None = None
+    """None: the model teaches itself."""
+    method: str | None = None
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        return self.student, self.teacher or self.student
 
 
 class Settings(BaseSettings):
@@ -36,6 +52,8 @@ class Settings(BaseSettings):
     """Folders below which models may lie, comma separated; default: `models` below `home`."""
     api_key: SecretStr | None = None
     """The operator's own key. Without it, and without keys in the ledger, only loopback names are served."""
+    aliases: dict[str, Alias] = {}
+    """As JSON: `{"gpt-4o-mini": {"student": "…", "teacher": "…", "method": "auto"}}`."""
     secret: SecretStr | None = None
     """Signs cursors; several hosts share it. Default: a file below `home`."""
     requests_per_second: Annotated[float, Field(gt=0)] = 50
@@ -101,6 +119,7 @@ class Settings(BaseSettings):
 def _as_text(value: Any) -> str:
     as_text: dict[type, Callable[[Any], str]] = {
         type(None): lambda _: "",
+        dict: lambda aliases: json.dumps({name: dict(alias) for name, alias in aliases.items()}),
         list: lambda parts: ",".join(map(str, parts)),
         SecretStr: SecretStr.get_secret_value,
     }

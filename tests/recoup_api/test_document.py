@@ -91,11 +91,11 @@ def test_a_break_is_seen(document):
     del new["paths"]["/healthz"]
     new["components"]["schemas"]["CreateRecoveryInput"]["required"].append("seed")
     del new["components"]["schemas"]["File"]["properties"]["rows"]
-    new["paths"]["/v1/files"]["get"]["parameters"] = []
+    new["paths"]["/v1/fine_tuning/jobs"]["get"]["parameters"] = []
     assert sorted(breaks(document, new)) == [
         "CreateRecoveryInput demands seed",
         "File lost rows",
         "get /healthz is gone",
-        "get /v1/files lost after",
-        "get /v1/files lost limit",
+        "get /v1/fine_tuning/jobs lost after",
+        "get /v1/fine_tuning/jobs lost limit",
     ]

@@ -47,6 +47,7 @@ def addresses(app, ids):
 def test_what_a_tenant_has_is_unknown_to_another(app, ledger, holder, body):
     ours, theirs = holder("ours"), holder("theirs")
     ids = {"files": upload(ours), "recoveries": ours.post("/v1/recoveries", json=body).json()["id"]}
+    ids["fine_tuning"] = ids["recoveries"]
     ledger.claim("worker", ["gpu.cpu"], 30)
     before = ours.get(f"/v1/recoveries/{ids['recoveries']}").json()
     for method, path in addresses(app, ids):
@@ -61,7 +62,7 @@ def test_lists_hold_what_is_the_callers(holder, body):
     ours, theirs = holder("ours"), holder("theirs")
     upload(ours)
     ours.post("/v1/recoveries", json=body)
-    for list_ in ("/v1/files", "/v1/recoveries"):
+    for list_ in ("/v1/files", "/v1/recoveries", "/v1/fine_tuning/jobs"):
         assert (len(ours.get(list_).json()["data"]), theirs.get(list_).json()["data"]) == (1, [])
 
 
