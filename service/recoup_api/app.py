@@ -8,7 +8,8 @@ from fastapi.concurrency import run_in_threadpool
 
 import recoup
 from recoup.schemas import CreateRecovery, Problem
-from recoup_api import document, files, fine_tuning, ops, problems, recoveries
+from recoup.schemas.webhook import CreateWebhook
+from recoup_api import document, files, fine_tuning, ops, problems, recoveries, webhooks
 from recoup_api.guard import Guard
 from recoup_api.idempotency import InFlightKeys
 from recoup_api.limit import BodyLimit
@@ -22,9 +23,9 @@ from recoup_jobs.openai_jobs import CreateJob
 from recoup_jobs.settings import Settings
 from recoup_jobs.signing import installation_secret
 
-ROUTERS = (recoveries.router, files.router, fine_tuning.router, ops.router)
+ROUTERS = (recoveries.router, files.router, fine_tuning.router, webhooks.router, ops.router)
 
-INPUTS = (CreateRecovery, CreateJob)
+INPUTS = (CreateRecovery, CreateJob, CreateWebhook)
 """Models of JSON bodies."""
 
 

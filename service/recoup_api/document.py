@@ -94,6 +94,10 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("get", "/v1/fine_tuning/jobs/{id}/checkpoints"): _o(
         "listFineTuningCheckpoints", "Validated steps, newest first", {404}
     ),
+    ("post", "/v1/webhooks"): _o("createWebhook", "Be told when recoveries end", CREATES - {409}),
+    ("get", "/v1/webhooks"): _o("listWebhooks", "List webhooks, oldest first"),
+    ("get", "/v1/webhooks/{id}"): _o("getWebhook", "Read a webhook", {404}),
+    ("delete", "/v1/webhooks/{id}"): _o("deleteWebhook", "Be told no more", {404}),
     ("get", "/v1/capabilities"): _o("getCapabilities", "What this installation can do"),
     ("get", "/healthz"): _o("getHealth", "Whether the process is alive"),
     ("get", "/readyz"): _o("getReadiness", "Whether the service can work", {503}),
@@ -144,7 +148,7 @@ def _complete(operation: dict[str, Any], path: str, known: Operation) -> None:
     elif not content.get(JSON, {}).get("schema"):
         content.pop(JSON, None)
     content |= {kind: {"schema": {"type": "string"}} for kind in known.kinds}
-    responses[success] = {"description": known.summary + ".", "content": content}
+    responses[success] = {"description": known.summary + "."} | ({"content": content} if content else {})
     responses |= {str(status): {"description": text} for status, text in known.extra.items()}
     errors = known.errors | (OPEN if is_open else ALWAYS)
     responses |= {str(s): {"$ref": f"#/components/responses/Problem{s}"} for s in sorted(errors)}

@@ -13,6 +13,7 @@ from recoup.schemas import (
     Problem,
     Recovery,
 )
+from recoup.schemas.webhook import Webhook
 from recoup_jobs.openai_jobs import as_checkpoint, as_job, as_job_event
 
 RECOVERY_ID, FILE_ID = "rec_5f0c9a1e7d3b4c2a8e6f1d09", "file-0123456789abcdef01234567"
@@ -31,6 +32,8 @@ JOB_REQUEST = {
     "method": {"type": "supervised"},
     "suffix": "tone",
 }
+
+WEBHOOK_REQUEST = {"url": "https://hooks.example.com/recoup", "events": ["recovery.succeeded"]}
 
 PROBLEM = Problem(
     type="urn:recoup:problem:invalid_value",
@@ -79,6 +82,14 @@ _checkpoint = as_checkpoint(
     RECOVERY_ID,
     Event.model_validate(_event | {"seq": 9, "type": "metric", "data": {"step": 40, "kl": 0.021}}),
 )
+_webhook = Webhook(
+    id="wh_0123456789abcdef01234567",
+    object="webhook",
+    url="https://hooks.example.com/recoup",
+    events=["recovery.succeeded"],
+    created_at=AT,
+    disabled_at=None,
+).model_dump()
 _artifact = Artifact(object="artifact", path="report.json", size=2048, sha256=_file["sha256"]).model_dump()
 
 
@@ -103,6 +114,9 @@ EXAMPLES: dict[str, Any] = {
     "cancelFineTuningJob": _job | {"status": "cancelled", "finished_at": int(AT) + 60},
     "listFineTuningEvents": _page(_job_event),
     "listFineTuningCheckpoints": _page(_checkpoint),
+    "createWebhook": _webhook | {"secret": "whsec_c2hvd24gb25jZQ=="},
+    "listWebhooks": _page(_webhook),
+    "getWebhook": _webhook,
     "getCapabilities": Capabilities(
         version="0.1.0",
         damages=["finetuning", "quantization", "pruning"],

@@ -60,6 +60,7 @@ jobs = Table(
     Column("finished_at", Double),
     _tenant(),
     Index("ix_jobs_tenant", "tenant", "number"),
+    Index("ix_jobs_finished_at", "finished_at"),
     sqlite_autoincrement=True,
 )
 
@@ -124,6 +125,28 @@ answers = Table(
     Column("headers", JSON, nullable=False),
     Column("body", Text, nullable=False),
     Column("created_at", Double, nullable=False, index=True),
+)
+
+webhooks = Table(
+    "webhooks",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("tenant", String(64), nullable=False, index=True),
+    Column("url", Text, nullable=False),
+    Column("events", JSON, nullable=False),
+    Column("created_at", Double, nullable=False),
+    Column("disabled_at", Double),
+)
+
+deliveries = Table(
+    "deliveries",
+    metadata,
+    Column("webhook_id", String(32), ForeignKey(webhooks.c.id), primary_key=True),
+    Column("job_id", String(32), ForeignKey(jobs.c.id), primary_key=True),
+    Column("seq", Integer, primary_key=True, autoincrement=False),
+    Column("attempts", Integer, nullable=False),
+    Column("next_at", Double, index=True),
+    Column("last_answer", String(64)),
 )
 
 

@@ -48,12 +48,13 @@ def test_what_a_tenant_has_is_unknown_to_another(app, ledger, holder, body):
     ours, theirs = holder("ours"), holder("theirs")
     ids = {"files": upload(ours), "recoveries": ours.post("/v1/recoveries", json=body).json()["id"]}
     ids["fine_tuning"] = ids["recoveries"]
+    ids["webhooks"] = ours.post("/v1/webhooks", json={"url": "https://93.184.216.34/"}).json()["id"]
     ledger.claim("worker", ["gpu.cpu"], 30)
     before = ours.get(f"/v1/recoveries/{ids['recoveries']}").json()
     for method, path in addresses(app, ids):
         answer = theirs.request(method, path, json={})
         assert answer.status_code == 404, (method, path)
-        assert answer.json()["code"] in {"recovery_not_found", "file_not_found"}
+        assert answer.json()["code"] in {"recovery_not_found", "file_not_found", "webhook_not_found"}
     assert ours.get(f"/v1/recoveries/{ids['recoveries']}").json() == before
     assert ours.get(f"/v1/files/{ids['files']}").status_code == 200
 
