@@ -31,7 +31,7 @@ def read(raw: bytes) -> Any:
         raise UnsupportedMedia("unsupported_media_type", "send JSON as UTF-8 without a byte order mark")
     _refuse_depth(raw)
     try:
-        value = json.loads(raw, object_pairs_hook=_unique, parse_int=_integer)
+        value = _decoder.decode(raw.decode())
     except UnicodeDecodeError as error:
         raise BadRequest("malformed_json", f"not UTF-8 at byte {error.start}") from None
     except json.JSONDecodeError as error:
@@ -60,6 +60,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _integer(digits: str) -> int | float:
     return int(digits) if len(digits) <= LONGEST_INTEGER else math.inf
+
+
+_decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_int=_integer)
 
 
 def _refuse_unstorable(value: Any) -> None:

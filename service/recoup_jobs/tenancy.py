@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from sqlalchemy import select
+from sqlalchemy import bindparam, select
 
 from recoup.schemas import CreateRecovery, FilePrompts
 from recoup_jobs import catalog
@@ -11,11 +11,12 @@ from recoup_jobs.findings import Findings
 from recoup_jobs.ledger import JOB_ID, Ledger
 from recoup_jobs.tables import jobs
 
+_OWN = select(jobs.c.id).where(jobs.c.id == bindparam("id"), jobs.c.tenant == bindparam("tenant"))
+
 
 def require_own_job(ledger: Ledger, id: str, tenant: str) -> None:
-    own = select(jobs.c.id).where(jobs.c.id == id, jobs.c.tenant == tenant)
     with ledger.reading() as conn:
-        if not JOB_ID.fullmatch(id) or conn.execute(own).first() is None:
+        if not JOB_ID.fullmatch(id) or conn.execute(_OWN, {"id": id, "tenant": tenant}).first() is None:
             raise NotFound("recovery_not_found", "there is no recovery of this id")
 
 

@@ -34,8 +34,9 @@ def test_an_unknown_field(refusal, body):
     assert found(problem) == [("/foo", "unknown_field")]
 
 
-def test_a_missing_model(refusal, body):
-    problem = refusal(body | {"student": {"source": "nowhere"}})
+@pytest.mark.parametrize("name", ["nowhere", "a" * 500])
+def test_a_missing_model(refusal, body, name):
+    problem = refusal(body | {"student": {"source": name}})
     assert (problem.status, problem.code) == (422, "model_not_found")
     assert found(problem) == [("/student/source", "model_not_found")]
 

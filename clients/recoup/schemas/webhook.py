@@ -13,11 +13,9 @@ WebhookEvent = Literal["recovery.succeeded", "recovery.failed", "recovery.cancel
 class CreateWebhook(Input):
     url: Annotated[str, StringConstraints(max_length=2000, pattern=r"^https://[\x21-\x7e]+$")]
     """Of a public host, on port 443."""
-    events: Annotated[list[WebhookEvent], Field(min_length=1, max_length=3)] = [
-        "recovery.succeeded",
-        "recovery.failed",
-        "recovery.cancelled",
-    ]
+    events: Annotated[list[WebhookEvent], Field(min_length=1, max_length=3)] = Field(
+        default=["recovery.succeeded", "recovery.failed", "recovery.cancelled"]
+    )
 
 
 class Webhook(Output):
