@@ -5,8 +5,8 @@
 Each application is a process of its own under the same uvicorn, loaded over keep-alive connections. What is
 counted is its CPU time, not the time on a clock: that stays the same on a machine that has other work.
 `recoup` and `litestar` do the same: the same keys, the same pydantic contract, preflight of two model
-folders, the same functions of the ledger. `plain` is what one writes first: FastAPI, an ORM session a request, two
-inserts, no preflight, no key.
+folders, the same functions of the ledger. `plain` is what one writes first: FastAPI, an ORM session a
+request, two inserts, no preflight, no key.
 """
 
 import asyncio
