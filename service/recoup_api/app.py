@@ -3,18 +3,38 @@
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi.concurrency import run_in_threadpool
 
 import recoup
-from recoup.schemas import Problem
-from recoup_api import diagnoses, files, ops, problems, recoveries
+from recoup.schemas import ChangeRecovery, CreateDiagnosis, CreateRecovery, Problem
+from recoup.schemas.webhook import CreateWebhook
+from recoup_api import diagnoses, document, files, fine_tuning, ops, problems, recoveries, webhooks
 from recoup_api.guard import Guard
+from recoup_api.idempotency import InFlightKeys
 from recoup_api.limit import BodyLimit
+from recoup_api.query import known_query
+from recoup_api.rates import Rates
+from recoup_api.watch import Watch
 from recoup_jobs.dispatch import Publish, celery_app, celery_publisher
+from recoup_jobs.keys import Keyring
 from recoup_jobs.ledger import Ledger
+from recoup_jobs.openai_jobs import CreateJob
 from recoup_jobs.settings import Settings
+from recoup_jobs.signing import installation_secret
 from recoup_jobs.sweeper import Sweeper
+
+ROUTERS = (
+    recoveries.router,
+    diagnoses.router,
+    files.router,
+    fine_tuning.router,
+    webhooks.router,
+    ops.router,
+)
+
+INPUTS = (CreateRecovery, ChangeRecovery, CreateDiagnosis, CreateJob, CreateWebhook)
+"""Models of JSON bodies."""
 
 
 def create_app(
@@ -31,14 +51,19 @@ def create_app(
         title="Recoup",
         version=recoup.__version__,
         lifespan=_sweeping(sweeper),
+        redirect_slashes=False,
         responses={"default": {"model": Problem, "description": "What went wrong (RFC 9457)."}},
     )
     app.state.settings, app.state.ledger, app.state.sweeper = settings, ledger, sweeper
+    app.state.watch, app.state.in_flight = Watch(ledger), InFlightKeys()
+    app.state.secret = installation_secret(settings)
     app.add_middleware(BodyLimit, larger_by_path={"/v1/files": files.LARGEST_UPLOAD})
-    app.add_middleware(Guard, api_key=settings.api_key)
-    problems.install(app)
-    for routes in (recoveries.router, diagnoses.router, files.router, ops.router):
-        app.include_router(routes)
+    rates = Rates(settings.requests_per_second, settings.request_burst)
+    app.add_middleware(Guard, keys=Keyring(ledger, settings.api_key), rates=rates)
+    problems.install(app, ROUTERS)
+    document.install(app, INPUTS)
+    for router in ROUTERS:
+        app.include_router(router, dependencies=[Depends(known_query)])
     return app
 
 

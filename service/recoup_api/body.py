@@ -1,7 +1,7 @@
-"""Reads JSON bodies: in UTF-8, of bounded size, exactly as the contract says.
+"""Reads JSON bodies: in UTF-8, of bounded size and depth, exactly as the contract says.
 
-FastAPI's own way would hand pydantic a value that `json` has read, NaN and coercions
-included; here pydantic reads the bytes. Their number is bounded by `limit.py`.
+FastAPI's own way would hand pydantic a value that `json` has read, NaN, coercions and the last of
+two equal keys included; here `strict_json` reads the bytes. Their number is bounded by `limit.py`.
 """
 
 import re
@@ -10,10 +10,10 @@ from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
 from pydantic import BaseModel, ValidationError
-from pydantic_core import from_json
 
 from recoup.schemas import ChangeRecovery, CreateDiagnosis, CreateRecovery
-from recoup_jobs.errors import BadRequest, Unprocessable, UnsupportedMedia
+from recoup_jobs import strict_json
+from recoup_jobs.errors import Unprocessable, UnsupportedMedia
 from recoup_jobs.findings import items_of
 
 M = TypeVar("M", bound=BaseModel)
@@ -21,24 +21,24 @@ M = TypeVar("M", bound=BaseModel)
 JSON_IN_UTF8 = re.compile(r'application/json\s*(;\s*charset="?utf-8"?\s*)?', re.IGNORECASE)
 
 
-def reader(model: type[M]) -> Callable[[Request], Awaitable[M]]:
-    """What reads a body of this model, as a dependency."""
+def body_of(model: type[M]) -> Callable[[Request], Awaitable[M]]:
+    """A dependency that reads the request's body as `model`."""
 
     async def read(request: Request) -> M:
-        return parse(await _json(request), model)
+        return parse(model, await _json(request))
 
     return read
 
 
-def parse(raw: bytes, model: type[M]) -> M:
+def parse(model: type[M], raw: bytes) -> M:
     """Raises `BadRequest` for what is no JSON, `Unprocessable` for what is not in the contract."""
+    if not raw.strip():
+        raise Unprocessable("body_required", "the body is empty; it must be a JSON object")
+    value = strict_json.read(raw)
     try:
-        return model.model_validate_json(raw)
+        return model.model_validate(value)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        if first["type"] == "json_invalid":
-            raise BadRequest("malformed_json", first["msg"]) from None
-        items = items_of(error, from_json(raw))
+        items = items_of(error, value)
         raise Unprocessable(items[0].code, f"{items[0].pointer}: {items[0].message}", items) from None
 
 
@@ -48,13 +48,13 @@ async def _json(request: Request) -> bytes:
     return await request.body()
 
 
-RecoveryBody = Annotated[CreateRecovery, Depends(reader(CreateRecovery))]
-ChangeBody = Annotated[ChangeRecovery, Depends(reader(ChangeRecovery))]
-DiagnosisBody = Annotated[CreateDiagnosis, Depends(reader(CreateDiagnosis))]
+RecoveryBody = Annotated[CreateRecovery, Depends(body_of(CreateRecovery))]
+ChangeBody = Annotated[ChangeRecovery, Depends(body_of(ChangeRecovery))]
+DiagnosisBody = Annotated[CreateDiagnosis, Depends(body_of(CreateDiagnosis))]
 
 
-def documented(model: type[BaseModel], path: str) -> dict[str, Any]:
-    """The part of the OpenAPI document that describes the body of `POST <path>`."""
-    place = f"#/paths/{path.replace('/', '~1')}/post/requestBody/content/application~1json/schema/$defs/"
-    schema = model.model_json_schema(ref_template=place.replace("{", "{{").replace("}", "}}") + "{model}")
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+def documented(model: type[BaseModel], example: Any) -> dict[str, Any]:
+    """The body's part of the OpenAPI document; `document.py` adds the schema."""
+    schema = {"$ref": f"#/components/schemas/{model.__name__}Input"}
+    content = {"application/json": {"schema": schema, "example": example}}
+    return {"requestBody": {"required": True, "content": content}}

@@ -2,34 +2,68 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Header, Query, Response
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import FileResponse
+from sqlalchemy import Connection
 
 from recoup.schemas import Alignment, CreateDiagnosis, Diagnosis, DiagnosisReport, Event, Page, Recovery
 from recoup_api.body import DiagnosisBody, documented
+from recoup_api.examples import DIAGNOSIS_REQUEST
+from recoup_api.idempotency import IdempotencyKey, Keep, answer_once
 from recoup_api.recoveries import ByAccept, alignment_file, published
-from recoup_api.watch import etag, known_etags, newer
-from recoup_api.wiring import TheLedger, TheSettings, of_kind
+from recoup_api.watch import etag, known_etags
+from recoup_api.wiring import TheCaller, TheLedger, TheSettings, TheWatch, needs, of_kind, own_job
+from recoup_jobs.answers import Answer
 from recoup_jobs.artifacts import open_artifact
 from recoup_jobs.ledger import Ledger
 from recoup_jobs.preflight import preflight
+from recoup_jobs.quotas import require_room_for_job
 from recoup_jobs.settings import Settings
+from recoup_jobs.tenancy import require_own_files
 
-router = APIRouter(prefix="/v1/diagnoses", tags=["diagnoses"], dependencies=[Depends(of_kind("diagnosis"))])
+router = APIRouter(
+    prefix="/v1/diagnoses",
+    tags=["diagnoses"],
+    dependencies=[Depends(needs("jobs")), Depends(of_kind("diagnosis")), Depends(own_job)],
+)
 
 
-@router.post("", status_code=202, openapi_extra=documented(CreateDiagnosis, "/v1/diagnoses"))
-def create(body: DiagnosisBody, ledger: TheLedger, settings: TheSettings, response: Response) -> Diagnosis:
-    request = body.as_recovery()
-    preflight(request, ledger, settings)
-    job = ledger.create(request, settings.queue, "diagnosis")
-    response.headers.update({"Location": f"/v1/diagnoses/{job.id}", "ETag": etag(job)})
-    return _diagnosis(job, ledger, settings)
+@router.post(
+    "",
+    status_code=202,
+    response_model=Diagnosis,
+    openapi_extra=documented(CreateDiagnosis, DIAGNOSIS_REQUEST),
+)
+def create(
+    request: Request,
+    body: DiagnosisBody,
+    ledger: TheLedger,
+    settings: TheSettings,
+    caller: TheCaller,
+    idempotency_key: IdempotencyKey = None,
+) -> Response:
+    asked = body.as_recovery()
+
+    def accepted(job: Recovery) -> Answer:
+        headers = {"Location": f"/v1/diagnoses/{job.id}", "ETag": etag(job)}
+        return Answer(202, headers, _diagnosis(job, ledger, settings).model_dump_json())
+
+    def make(keep: Keep) -> Answer:
+        def keep_accepted(conn: Connection, job: Recovery) -> None:
+            keep(conn, accepted(job))
+
+        require_room_for_job(ledger, caller.tenant, settings.max_live_jobs)
+        require_own_files(ledger, asked, caller.tenant)
+        preflight(asked, ledger, settings)
+        return accepted(ledger.create(asked, settings.queue, caller.tenant, keep_accepted, "diagnosis"))
+
+    return answer_once(request, idempotency_key, body.model_dump_json(), make)
 
 
 @router.get("/{id}", response_model=Diagnosis)
 async def read(
     id: str,
+    watch: TheWatch,
     ledger: TheLedger,
     settings: TheSettings,
     response: Response,
@@ -38,7 +72,7 @@ async def read(
 ) -> Diagnosis | Response:
     """With `wait`, answers at the next change, or after so many seconds; with a report once it succeeded."""
     known = known_etags(if_none_match)
-    job = await newer(ledger, id, known, wait)
+    job = await watch.newer(id, known, wait)
     response.headers["ETag"] = etag(job)
     if etag(job) in known:
         return Response(status_code=304, headers=response.headers)

@@ -1,67 +1,93 @@
 """The door: every answer gets its request id, and nobody passes without the right to.
 
-With a key in the settings, everything but probes and documentation asks for it. Without one
-the service is for this machine alone, and a request must name it by a loopback name: that
+With a key in the settings or keys in the ledger, everything but probes and documentation asks for one.
+Without any the service is for this machine alone, and a request must name it by a loopback name: that
 is what stops a web page from reaching it through a name of its own that resolves to
 127.0.0.1 (DNS rebinding).
 """
 
-import hmac
 import re
 import secrets
 from ipaddress import ip_address
 
-from pydantic import SecretStr
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from recoup_api.limit import require_countable_body, require_small_headers
 from recoup_api.problems import answer
-from recoup_jobs.errors import BadRequest, RecoupError, Unauthorized
+from recoup_api.rates import Rates
+from recoup_jobs.errors import BadRequest, RecoupError, Unavailable
+from recoup_jobs.keys import Caller, Keyring
 
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/openapi.json", "/docs"})
+NOBODY = Caller("", frozenset(), None)
+OUTAGES = (OperationalError, PoolTimeout)
+SECURITY_HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 class Guard:
     """ASGI middleware."""
 
-    def __init__(self, app: ASGIApp, api_key: SecretStr | None) -> None:
+    def __init__(self, app: ASGIApp, keys: Keyring, rates: Rates) -> None:
         self._app = app
-        self._api_key = None if api_key is None else api_key.get_secret_value()
+        self._keys = keys
+        self._rates = rates
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         headers = Headers(scope=scope)
         request_id = _request_id(headers.get("x-request-id", ""))
-        scope.setdefault("state", {})["request_id"] = request_id
+        bodiless = scope["method"] == "HEAD"
+        if bodiless:  # what GET would answer, but for the body
+            scope = {**scope, "method": "GET"}
 
         async def send_named(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["x-request-id"] = request_id
-            await send(message)
+                MutableHeaders(scope=message).update({"x-request-id": request_id} | SECURITY_HEADERS)
+                await send(message)
+                if bodiless:
+                    await send({"type": "http.response.body", "body": b"", "more_body": False})
+            elif not bodiless:
+                await send(message)
 
         try:
-            self._admit(scope["path"], headers)
+            require_small_headers(scope)
+            require_countable_body(headers)
+            caller = await self._admit(scope["path"], headers)
         except RecoupError as refusal:
-            return await answer(refusal, request_id)(scope, receive, send_named)
+            return await answer(refusal, request_id, scope["path"])(scope, receive, send_named)
+        except OUTAGES:
+            away = Unavailable("database_unavailable", "the ledger cannot be reached now; try again")
+            return await answer(away, request_id, scope["path"])(scope, receive, send_named)
+        scope.setdefault("state", {}).update(request_id=request_id, caller=caller)
         return await self._app(scope, receive, send_named)
 
-    def _admit(self, path: str, headers: Headers) -> None:
-        if self._api_key is None:
+    async def _admit(self, path: str, headers: Headers) -> Caller:
+        if path in OPEN_PATHS:
+            return NOBODY
+        key = _key(headers.get("authorization", ""))
+        caller = self._keys.remembered(key)
+        if caller is None:
+            caller = await run_in_threadpool(self._keys.admit, key)
+        if key is None:
             _require_loopback(headers.get("host", ""))
-        elif path not in OPEN_PATHS:
-            _require_key(self._api_key, headers.get("authorization", ""))
+        else:
+            self._rates.take(caller.key or caller.tenant)
+        return caller
 
 
 def _request_id(offered: str) -> str:
     return offered if REQUEST_ID.fullmatch(offered) else f"req_{secrets.token_hex(12)}"
 
 
-def _require_key(key: str, authorization: str) -> None:
-    scheme, _, offered = authorization.partition(" ")
-    if scheme.lower() != "bearer" or not hmac.compare_digest(offered.strip().encode(), key.encode()):
-        raise Unauthorized("unauthorized", "send this server's key as `Authorization: Bearer <key>`")
+def _key(authorization: str) -> str | None:
+    scheme, _, key = authorization.partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else None
 
 
 def _require_loopback(host: str) -> None:

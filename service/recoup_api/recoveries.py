@@ -1,11 +1,15 @@
 """`/v1/recoveries`: create, follow, steer, and fetch what came of it."""
 
 import json
+import re
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Header, Query, Response
-from fastapi.responses import FileResponse
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import FileResponse, StreamingResponse
+from sqlalchemy import Connection
 
 from recoup.schemas import (
     Alignment,
@@ -20,57 +24,106 @@ from recoup.schemas import (
 )
 from recoup.schemas.recovery import TERMINAL_STATES
 from recoup_api.body import ChangeBody, RecoveryBody, documented
-from recoup_api.watch import etag, known_etags, newer
-from recoup_api.wiring import After, Limit, TheLedger, TheSettings, of_kind
+from recoup_api.cursors import seal, unseal
+from recoup_api.examples import CHANGE, REQUEST
+from recoup_api.idempotency import IdempotencyKey, Keep, answer_once
+from recoup_api.watch import etag, known_etags
+from recoup_api.wiring import (
+    After,
+    Limit,
+    TheCaller,
+    TheLedger,
+    TheSettings,
+    TheWatch,
+    needs,
+    of_kind,
+    own_job,
+)
+from recoup_jobs.answers import Answer
 from recoup_jobs.artifacts import ARTIFACTS, RECIPE, open_artifact, read_manifest
-from recoup_jobs.errors import Conflict, NotFound
+from recoup_jobs.errors import BadRequest, Conflict, NotFound, RangeNotSatisfiable
 from recoup_jobs.kinds import kind_of
 from recoup_jobs.ledger import Ledger
 from recoup_jobs.preflight import preflight
+from recoup_jobs.quotas import require_room_for_job
 from recoup_jobs.settings import Settings
+from recoup_jobs.tenancy import require_own_files
 
-router = APIRouter(prefix="/v1/recoveries", tags=["recoveries"], dependencies=[Depends(of_kind("recovery"))])
+
+async def _one_range(request: Request) -> None:
+    if "," in request.headers.get("range", ""):
+        raise RangeNotSatisfiable("range_not_satisfiable", "ask for one range of bytes at a time")
+
+
+router = APIRouter(
+    prefix="/v1/recoveries",
+    tags=["recoveries"],
+    dependencies=[Depends(needs("jobs")), Depends(of_kind("recovery")), Depends(own_job)],
+)
 
 # A report shows what models wrote; whatever a browser makes of it, it is not this server's own page.
 NOT_OUR_PAGE = {"Content-Security-Policy": "sandbox allow-scripts", "X-Content-Type-Options": "nosniff"}
 
 ByAccept = Annotated[str, Header()]
+STREAM = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 PICTURES = {"text/csv": "csv", "image/svg+xml": "svg", "image/png": "png"}
 """As what an alignment comes beside JSON."""
 
 
-@router.post("", status_code=202, openapi_extra=documented(CreateRecovery, "/v1/recoveries"))
-def create(body: RecoveryBody, ledger: TheLedger, settings: TheSettings, response: Response) -> Recovery:
-    preflight(body, ledger, settings)
-    recovery = ledger.create(body, settings.queue)
-    response.headers.update({"Location": f"/v1/recoveries/{recovery.id}", "ETag": etag(recovery)})
-    return recovery
+@router.post(
+    "",
+    status_code=202,
+    response_model=Recovery,
+    openapi_extra=documented(CreateRecovery, REQUEST),
+)
+def create(
+    request: Request,
+    body: RecoveryBody,
+    ledger: TheLedger,
+    settings: TheSettings,
+    caller: TheCaller,
+    idempotency_key: IdempotencyKey = None,
+) -> Response:
+    def make(keep: Keep) -> Answer:
+        require_room_for_job(ledger, caller.tenant, settings.max_live_jobs)
+        require_own_files(ledger, body, caller.tenant)
+        preflight(body, ledger, settings)
+        with_answer = partial(_keep_accepted, keep)
+        return _accepted(ledger.create(body, settings.queue, caller.tenant, with_answer))
+
+    return answer_once(request, idempotency_key, body.model_dump_json(), make)
 
 
 @router.get("")
 def find(
-    ledger: TheLedger, after: After = None, limit: Limit = 20, state: State | None = None
+    request: Request,
+    ledger: TheLedger,
+    caller: TheCaller,
+    after: After = None,
+    limit: Limit = 20,
+    state: State | None = None,
 ) -> Page[Recovery]:
-    return ledger.list(after, limit, state)
+    found = ledger.list(unseal(request, after, state or ""), limit, state, caller.tenant)
+    return found.model_copy(update={"next_cursor": seal(request, found.next_cursor, state or "")})
 
 
 @router.get("/{id}", response_model=Recovery)
 async def read(
     id: str,
-    ledger: TheLedger,
+    watch: TheWatch,
     response: Response,
     wait: Annotated[float, Query(ge=0, le=60)] = 0,
     if_none_match: Annotated[str, Header(max_length=1000)] = "",
 ) -> Recovery | Response:
     """With `wait`, answers at the next change, or after so many seconds."""
     known = known_etags(if_none_match)
-    recovery = await newer(ledger, id, known, wait)
+    recovery = await watch.newer(id, known, wait)
     response.headers["ETag"] = etag(recovery)
     return Response(status_code=304, headers=response.headers) if etag(recovery) in known else recovery
 
 
-@router.patch("/{id}", openapi_extra=documented(ChangeRecovery, "/v1/recoveries/{id}"))
+@router.patch("/{id}", openapi_extra=documented(ChangeRecovery, CHANGE))
 def change(id: str, body: ChangeBody, ledger: TheLedger, response: Response) -> Recovery:
     """Another priority, other metadata."""
     recovery = ledger.change(id, body)
@@ -101,14 +154,21 @@ def retry(id: str, ledger: TheLedger, response: Response) -> Recovery:
     return recovery
 
 
-@router.get("/{id}/events")
-def events(
+@router.get("/{id}/events", response_model=Page[Event])
+async def events(
     id: str,
     ledger: TheLedger,
+    watch: TheWatch,
     after: Annotated[int, Query(ge=0, lt=2**31)] = 0,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-) -> Page[Event]:
-    return ledger.events(id, after, limit)
+    accept: Annotated[str, Header()] = "",
+    last_event_id: Annotated[str | None, Header()] = None,
+) -> Page[Event] | Response:
+    """A page; or for `Accept: text/event-stream` all there are and will be, to the end of the job."""
+    if "text/event-stream" not in accept:
+        return await run_in_threadpool(ledger.events, id, after, limit)
+    since = after if last_event_id is None else _event_number(last_event_id)
+    return StreamingResponse(watch.stream(id, since), headers=STREAM, media_type="text/event-stream")
 
 
 @router.get("/{id}/report", response_model=Report)
@@ -143,7 +203,7 @@ def artifacts(id: str, ledger: TheLedger, settings: TheSettings) -> Page[Artifac
     return Page(object="list", data=found, has_more=False, next_cursor=None)
 
 
-@router.get("/{id}/artifacts/{path:path}", response_class=FileResponse)
+@router.get("/{id}/artifacts/{path:path}", response_class=FileResponse, dependencies=[Depends(_one_range)])
 def artifact(id: str, path: str, ledger: TheLedger, settings: TheSettings) -> FileResponse:
     return FileResponse(open_artifact(published(id, ledger, settings), path), headers=NOT_OUR_PAGE)
 
@@ -152,6 +212,21 @@ def alignment_file(id: str, ledger: Ledger, settings: Settings, accept: str) -> 
     suffix = next((suffix for kind, suffix in PICTURES.items() if kind in accept), "json")
     path = open_artifact(published(id, ledger, settings), f"alignment.{suffix}")
     return FileResponse(path, headers=NOT_OUR_PAGE | {"Vary": "Accept"})
+
+
+def _accepted(recovery: Recovery) -> Answer:
+    headers = {"Location": f"/v1/recoveries/{recovery.id}", "ETag": etag(recovery)}
+    return Answer(202, headers, recovery.model_dump_json())
+
+
+def _keep_accepted(keep: Keep, conn: Connection, recovery: Recovery) -> None:
+    keep(conn, _accepted(recovery))
+
+
+def _event_number(last_event_id: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,18}", last_event_id):
+        raise BadRequest("invalid_event_id", "Last-Event-ID must be the id of an event of this stream")
+    return min(int(last_event_id), 2**31 - 1)
 
 
 def _why_untrained(report: dict[str, Any]) -> str:

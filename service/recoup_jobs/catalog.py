@@ -1,6 +1,7 @@
 """The rows of uploaded files; their bytes lie in `Settings.files_dir` (see `datasets.py`)."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,17 +30,24 @@ class NewFile:
     bytes: int
     rows: int
     sha256: str
+    tenant: str
 
 
-def add(ledger: Ledger, new: NewFile) -> File:
+Also = Callable[[Connection, File], None]
+"""What else belongs into the transaction that makes a file known."""
+
+
+def add(ledger: Ledger, new: NewFile, also: Also) -> File:
     with ledger.engine.begin() as conn:
         conn.execute(insert(files).values(created_at=now(), **vars(new)))
-        return _file(_row(conn, new.id))
+        file = _file(_row(conn, new.id))
+        also(conn, file)
+        return file
 
 
-def get(ledger: Ledger, id: str) -> File:
+def get(ledger: Ledger, id: str, tenant: str) -> File:
     with ledger.reading() as conn:
-        return _file(_row(conn, id))
+        return _file(_row(conn, id, tenant))
 
 
 def kind(ledger: Ledger, id: str) -> RowKind:
@@ -49,21 +57,32 @@ def kind(ledger: Ledger, id: str) -> RowKind:
         return found
 
 
-def find(ledger: Ledger, after: str | None, limit: int) -> Page[File]:
-    """Newest first."""
-    query = select(files).order_by(files.c.number.desc()).limit(limit + 1)
+def find(
+    ledger: Ledger,
+    tenant: str,
+    after: str | None,
+    limit: int,
+    purpose: str | None = None,
+    oldest_first: bool = False,
+) -> Page[File]:
+    """Newest first, unless told otherwise."""
+    order = files.c.number.asc() if oldest_first else files.c.number.desc()
+    query = select(files).where(files.c.tenant == tenant).order_by(order).limit(limit + 1)
+    if purpose is not None:
+        query = query.where(files.c.purpose == purpose)
     with ledger.reading() as conn:
         if after is not None:
-            query = query.where(files.c.number < _cursor(conn, after))
+            seen = _cursor(conn, after, tenant)
+            query = query.where(files.c.number > seen if oldest_first else files.c.number < seen)
         found = [_file(row) for row in conn.execute(query)]
     return page(found, limit, lambda file: file.id)
 
 
-def remove(ledger: Ledger, id: str) -> None:
+def remove(ledger: Ledger, id: str, tenant: str) -> None:
     """Refused while a recovery that has not ended names the file."""
     in_use = select(jobs.c.id).where(jobs.c.state.in_(LIVE_STATES), jobs.c.request.contains(id))
     with ledger.engine.begin() as conn:
-        _row(conn, id)
+        _row(conn, id, tenant)
         if (user := conn.execute(in_use.limit(1)).scalar()) is not None:
             raise Conflict(
                 "file_in_use", f"recovery {user} still needs this file; cancel it or wait for its end"
@@ -71,16 +90,20 @@ def remove(ledger: Ledger, id: str) -> None:
         conn.execute(delete(files).where(files.c.id == id))
 
 
-def _row(conn: Connection, id: str) -> Row[Any]:
-    row = conn.execute(select(files).where(files.c.id == id)).first() if FILE_ID.fullmatch(id) else None
+def _row(conn: Connection, id: str, tenant: str | None = None) -> Row[Any]:
+    """Of this tenant; or, for a worker, of any."""
+    query = select(files).where(files.c.id == id)
+    if tenant is not None:
+        query = query.where(files.c.tenant == tenant)
+    row = conn.execute(query).first() if FILE_ID.fullmatch(id) else None
     if row is None:
         raise NotFound("file_not_found", "there is no file of this id; upload one with POST /v1/files")
     return row
 
 
-def _cursor(conn: Connection, after: str) -> int:
+def _cursor(conn: Connection, after: str, tenant: str) -> int:
     try:
-        return int(_row(conn, after).number)
+        return int(_row(conn, after, tenant).number)
     except NotFound:
         raise BadRequest("invalid_cursor", "`after` must be the next_cursor of an earlier page") from None
 
@@ -93,6 +116,7 @@ def _file(row: Row[Any]) -> File:
         created_at=int(row.created_at),
         filename=row.filename,
         purpose=row.purpose,
+        status="processed",
         rows=row.rows,
         sha256=row.sha256,
     )

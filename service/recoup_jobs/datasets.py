@@ -8,34 +8,58 @@ import hashlib
 import os
 import secrets
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from recoup.schemas import BuiltinPrompts, File, FilePrompts, Prompt, TextRow
 from recoup_jobs import catalog
-from recoup_jobs.catalog import NewFile
+from recoup_jobs.catalog import Also, NewFile
 from recoup_jobs.durable import CHUNK, sync_folder
-from recoup_jobs.errors import TooLarge, Unprocessable
+from recoup_jobs.errors import BadRequest, TooLarge, Unprocessable
+from recoup_jobs.gzipped import unpacked
 from recoup_jobs.ledger import Ledger
 from recoup_jobs.rows import Row, RowKind, check, lines, read_row
 from recoup_jobs.settings import Settings
+from recoup_jobs.tables import DEFAULT_TENANT
 
 MOST_BYTES = 512 << 20
 BUILTIN = Path(__file__).with_name("builtin")
 
 
+@dataclass(frozen=True)
+class Upload:
+    """What comes with the bytes of a data set."""
+
+    filename: str
+    purpose: str
+    tenant: str = DEFAULT_TENANT
+    sha256: str | None = None
+    """What the sender says of the bytes as they are sent."""
+
+
 def store_file(
-    ledger: Ledger, settings: Settings, filename: str, purpose: str, chunks: Iterable[bytes]
+    ledger: Ledger,
+    settings: Settings,
+    upload: Upload,
+    chunks: Iterable[bytes],
+    also: Also = lambda *_: None,
 ) -> File:
-    """Keeps a JSONL data set; raises `Unprocessable` or `TooLarge`, and keeps nothing, if it is no good."""
+    """Keeps a JSONL data set, plain or gzipped; what `also` writes is there with it, or neither is.
+
+    Raises `Unprocessable`, `TooLarge` or `BadRequest`, and keeps nothing, if it is no good.
+    """
     id = f"file-{secrets.token_hex(12)}"
     settings.files_dir.mkdir(parents=True, exist_ok=True)
     aside, place = settings.files_dir / f".{id}.part", file_path(settings, id)
     try:
-        checked = _write_checked(aside, chunks)
+        checked = _write_checked(aside, unpacked(_as_declared(chunks, upload.sha256)))
         aside.replace(place)
         sync_folder(settings.files_dir)
-        return catalog.add(ledger, NewFile(id=id, filename=filename, purpose=purpose, **checked))
+        new = NewFile(
+            id=id, filename=upload.filename, purpose=upload.purpose, tenant=upload.tenant, **checked
+        )
+        return catalog.add(ledger, new, also)
     except BaseException:
         place.unlink(missing_ok=True)
         raise
@@ -43,8 +67,8 @@ def store_file(
         aside.unlink(missing_ok=True)
 
 
-def delete_file(ledger: Ledger, settings: Settings, id: str) -> None:
-    catalog.remove(ledger, id)
+def delete_file(ledger: Ledger, settings: Settings, id: str, tenant: str) -> None:
+    catalog.remove(ledger, id, tenant)
     file_path(settings, id).unlink(missing_ok=True)
 
 
@@ -82,6 +106,15 @@ def require_kind(ledger: Ledger, id: str, kind: RowKind) -> None:
     found = catalog.kind(ledger, id)
     if found != kind:
         raise Unprocessable("wrong_rows", f"the file holds {found}; here it must hold {kind}")
+
+
+def _as_declared(chunks: Iterable[bytes], sha256: str | None) -> Iterator[bytes]:
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk)
+        yield chunk
+    if sha256 not in (None, digest.hexdigest()):
+        raise BadRequest("checksum_mismatch", "the content's sha256 is not the one that was declared")
 
 
 def _write_checked(aside: Path, chunks: Iterable[bytes]) -> dict[str, Any]:

@@ -3,12 +3,17 @@
     RecoupError               500
     ├── BadRequest            400  not readable as what it claims to be
     ├── Unauthorized          401  no key, or not this one
+    ├── Forbidden             403  a key without the scope
     ├── NotFound              404  no such thing
     ├── Conflict              409  not in this state
-    │   └── StaleClaim             a writer whose claim on a job has passed to another
+    │   ├── StaleClaim             a writer whose claim on a job has passed to another
+    │   └── InFlight               the same request is at work already
     ├── TooLarge              413
     ├── UnsupportedMedia      415
+    ├── RangeNotSatisfiable   416
     ├── Unprocessable         422  cannot be accepted as it was sent; names each finding
+    ├── TooMany               429  too often, or too much at a time
+    ├── HeadersTooLarge       431
     └── Unavailable           503  try again later
 
 A message is a sentence: what was expected, what was found, what to do. Why a *job* failed
@@ -23,6 +28,8 @@ from recoup.schemas import ProblemItem
 
 class RecoupError(Exception):
     status: ClassVar[int] = 500
+    retry_after: int | None = None
+    """Seconds after which the same request may succeed."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(code, message)
@@ -41,6 +48,10 @@ class Unauthorized(RecoupError):
     status = 401
 
 
+class Forbidden(RecoupError):
+    status = 403
+
+
 class NotFound(RecoupError):
     status = 404
 
@@ -53,12 +64,20 @@ class StaleClaim(Conflict):
     """Stop working: the job has another owner by now, or has ended."""
 
 
+class InFlight(Conflict):
+    retry_after = 1
+
+
 class TooLarge(RecoupError):
     status = 413
 
 
 class UnsupportedMedia(RecoupError):
     status = 415
+
+
+class RangeNotSatisfiable(RecoupError):
+    status = 416
 
 
 class Unprocessable(RecoupError):
@@ -68,6 +87,19 @@ class Unprocessable(RecoupError):
         super().__init__(code, message)
         self.args = (code, message, list(items))
         self.items = list(items)
+
+
+class TooMany(RecoupError):
+    status = 429
+
+    def __init__(self, code: str, message: str, retry_after: int = 1) -> None:
+        super().__init__(code, message)
+        self.args = (code, message, retry_after)
+        self.retry_after = retry_after
+
+
+class HeadersTooLarge(RecoupError):
+    status = 431
 
 
 class Unavailable(RecoupError):

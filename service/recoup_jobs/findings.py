@@ -47,11 +47,18 @@ def items_of(error: ValidationError, sent: Any) -> list[ProblemItem]:
     found: dict[str, ProblemItem] = {}
     for detail in error.errors(include_url=False, include_context=False, include_input=False):
         place = pointer(_sent_part(detail["loc"], sent, detail["type"] == "missing"))
-        code = "unknown_field" if detail["type"] == "extra_forbidden" else "invalid_value"
+        code = _code(detail["type"], detail["loc"])
         message = detail["msg"] if place not in found else f"{found[place].message}, or: {detail['msg']}"
         found[place] = ProblemItem(pointer=place, code=code, message=message)
     told = list(found.values())[:MOST_ITEMS]
     return [item for item in told if not any(_is_above(item, other) for other in told)]
+
+
+def _code(complaint: str, loc: Loc) -> str:
+    if complaint == "extra_forbidden":
+        return "unknown_field"
+    is_reference = complaint == "string_pattern_mismatch" and loc[-1] == "source"
+    return "invalid_model_ref" if is_reference else "invalid_value"
 
 
 def _is_above(item: ProblemItem, other: ProblemItem) -> bool:

@@ -32,7 +32,7 @@ from recoup_jobs.history import EventType, append, move
 from recoup_jobs.kinds import JOB_ID, PREFIXES, JobKind, kind_of, new_id
 from recoup_jobs.pages import page
 from recoup_jobs.settings import Settings
-from recoup_jobs.tables import events, jobs, leaders, now, stages
+from recoup_jobs.tables import DEFAULT_TENANT, events, jobs, leaders, now, stages
 
 PATIENCE_SECONDS = 20.0
 """For how long a worker's write is tried while the database is away; less than a lease by default."""
@@ -67,7 +67,15 @@ class Ledger:
 
     # What clients do
 
-    def create(self, request: CreateRecovery, queue: str, kind: JobKind = "recovery") -> Recovery:
+    def create(
+        self,
+        request: CreateRecovery,
+        queue: str,
+        tenant: str = DEFAULT_TENANT,
+        also: Callable[[Connection, Recovery], None] = lambda *_: None,
+        kind: JobKind = "recovery",
+    ) -> Recovery:
+        """A queued job; what `also` writes is there with it, or neither is."""
         id = new_id(kind)
         row = {
             "id": id,
@@ -75,21 +83,26 @@ class Ledger:
             "request": request.model_dump_json(),
             "priority": request.priority,
             "queue": queue,
+            "tenant": tenant,
             "created_at": now(),
         }
         with self.engine.begin() as conn:
             conn.execute(insert(jobs).values(row))
             append(conn, id, 0, "state", {"state": "queued", "from": None})
-            return _recovery(_job(conn, id))
+            recovery = _recovery(_job(conn, id))
+            also(conn, recovery)
+            return recovery
 
     def get(self, id: str) -> Recovery:
         with self.reading() as conn:
             return _recovery(_job(conn, id))
 
-    def list(self, after: str | None, limit: int, state: State | None = None) -> Page[Recovery]:
+    def list(
+        self, after: str | None, limit: int, state: State | None = None, tenant: str = DEFAULT_TENANT
+    ) -> Page[Recovery]:
         """Newest first, from the recovery that came before `after`."""
-        recoveries = jobs.c.id.startswith(PREFIXES["recovery"], autoescape=True)
-        query = select(jobs).where(recoveries).order_by(jobs.c.number.desc()).limit(limit + 1)
+        wanted = jobs.c.tenant == tenant, jobs.c.id.startswith(PREFIXES["recovery"], autoescape=True)
+        query = select(jobs).where(*wanted).order_by(jobs.c.number.desc()).limit(limit + 1)
         if state is not None:
             query = query.where(jobs.c.state == state)
         with self.reading() as conn:
@@ -103,7 +116,7 @@ class Ledger:
         query = select(events).where(events.c.job_id == id, events.c.seq > after).order_by(events.c.seq)
         with self.reading() as conn:
             _job(conn, id)
-            found = [_event(row) for row in conn.execute(query.limit(limit + 1))]
+            found = [as_event(row) for row in conn.execute(query.limit(limit + 1))]
         return page(found, limit, lambda event: str(event.seq))
 
     def cancel(self, id: str) -> Recovery:
@@ -323,7 +336,7 @@ def _recovery(row: Row[Any]) -> Recovery:
     )
 
 
-def _event(row: Row[Any]) -> Event:
+def as_event(row: Row[Any]) -> Event:
     return Event(
         object="recovery.event", seq=row.seq, epoch=row.epoch, type=row.type, data=row.data, at=row.at
     )

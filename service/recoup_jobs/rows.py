@@ -5,14 +5,14 @@ JSONL: one object a line; blank lines and CRLF do no harm. A file holds prompts
 Memory stays bounded whatever arrives.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 from pydantic import ValidationError
-from pydantic_core import from_json
 
 from recoup.schemas import ChatRow, ProblemItem, PromptRow, TextRow
-from recoup_jobs.errors import TooLarge, Unprocessable
+from recoup_jobs import strict_json
+from recoup_jobs.errors import BadRequest, TooLarge, Unprocessable, UnsupportedMedia
 from recoup_jobs.findings import MOST_ITEMS, items_of
 
 LONGEST_LINE = 1 << 20
@@ -64,15 +64,15 @@ def read_row(number: int, line: bytes) -> Row:
             number, "byte_order_mark", "begins with a byte order mark; save the file as plain UTF-8"
         )
     try:
-        value = from_json(line, allow_inf_nan=False)
-    except ValueError as error:
-        reason = str(error).replace(" at line 1 column", " at column")
-        raise _bad_line(number, "malformed_json", f"not JSON: {reason}") from None
+        value = strict_json.read(line)
+    except (BadRequest, UnsupportedMedia) as error:
+        raise _bad_line(number, error.code, error.message) from None
+    except Unprocessable as error:
+        raise _at_line(number, error.items) from None
     try:
         return _model_for(number, value).model_validate(value)
     except ValidationError as error:
-        items = [_at_line(number, item) for item in items_of(error, value)]
-        raise Unprocessable("invalid_row", items[0].message, items) from None
+        raise _at_line(number, items_of(error, value)) from None
 
 
 def _split(chunks: Iterable[bytes]) -> Iterator[bytes]:
@@ -106,6 +106,13 @@ def _bad_line(number: int, code: str, message: str) -> Unprocessable:
     return Unprocessable(code, item.message, [item])
 
 
-def _at_line(number: int, item: ProblemItem) -> ProblemItem:
-    place = f"/line/{number}{item.pointer}"
-    return ProblemItem(pointer=place, code=item.code, message=f"line {number}: {item.pointer} {item.message}")
+def _at_line(number: int, items: Sequence[ProblemItem]) -> Unprocessable:
+    moved = [
+        ProblemItem(
+            pointer=f"/line/{number}{item.pointer}",
+            code=item.code,
+            message=f"line {number}: {item.pointer} {item.message}",
+        )
+        for item in items
+    ]
+    return Unprocessable("invalid_row", moved[0].message, moved)

@@ -4,17 +4,33 @@
 arguments. A child process reads the same values from `environment()`.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, SecretStr, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 PREFIX = "RECOUP_"
 
 Seconds = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+
+
+class Alias(BaseModel):
+    """What a model's name stands for, to code that was written for OpenAI's fine-tuning API."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    student: str
+    teacher: str | None = None
+    """None: the model teaches itself."""
+    method: str | None = None
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        return self.student, self.teacher or self.student
 
 
 class Settings(BaseSettings):
@@ -35,7 +51,19 @@ class Settings(BaseSettings):
     model_roots: Annotated[list[Path], NoDecode] = []
     """Folders below which models may lie, comma separated; default: `models` below `home`."""
     api_key: SecretStr | None = None
-    """Asked of all but probes and documentation; without it only loopback names are served."""
+    """The operator's own key. Without it, and without keys in the ledger, only loopback names are served."""
+    aliases: dict[str, Alias] = {}
+    """As JSON: `{"gpt-4o-mini": {"student": "…", "teacher": "…", "method": "auto"}}`."""
+    secret: SecretStr | None = None
+    """Signs cursors; several hosts share it. Default: a file below `home`."""
+    requests_per_second: Annotated[float, Field(gt=0)] = 50
+    """How often one key may call in the long run."""
+    request_burst: Count = 200
+    """How often at once."""
+    max_live_jobs: Count = 1000
+    """Recoveries of one tenant that have not ended."""
+    max_stored_bytes: Count = 100 << 30
+    """Data sets of one tenant."""
     queue: Annotated[str, Field(pattern=r"^[a-z0-9.]{1,64}$")] = "gpu.cpu"
     """The class of machine that new jobs ask for."""
     lease_seconds: Seconds = 30
@@ -93,6 +121,7 @@ class Settings(BaseSettings):
 def _as_text(value: Any) -> str:
     as_text: dict[type, Callable[[Any], str]] = {
         type(None): lambda _: "",
+        dict: lambda aliases: json.dumps({name: dict(alias) for name, alias in aliases.items()}),
         list: lambda parts: ",".join(map(str, parts)),
         SecretStr: SecretStr.get_secret_value,
     }

@@ -62,9 +62,16 @@ def locate(source: str, roots: Sequence[Path]) -> ModelFolder:
     """The folder that `source` names: relative to a root, or absolute and below one."""
     for root in (root.resolve() for root in roots):
         path = (root / source).resolve()
-        if path.is_dir() and path != root and path.is_relative_to(root):
+        if _is_folder(path) and path != root and path.is_relative_to(root):
             return ModelFolder(root, path)
     raise Unprocessable("model_not_found", f"{source} is no folder below a model root of this server")
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name that is too long for any folder
+        return False
 
 
 def model_names(roots: Sequence[Path]) -> list[str]:

@@ -17,13 +17,15 @@ import time
 from kombu.exceptions import OperationalError as BrokerError
 
 from recoup_jobs.database import AWAY
+from recoup_jobs.deliveries import deliver
 from recoup_jobs.dispatch import Publish
 from recoup_jobs.garbage import collect
 from recoup_jobs.ledger import Ledger
 from recoup_jobs.settings import Settings
+from recoup_jobs.signing import installation_secret
 
 ROLE = "sweeper"
-LEAD_SECONDS, GARBAGE_SECONDS = 10.0, 60.0
+LEAD_SECONDS, GARBAGE_SECONDS, DELIVER_SECONDS = 10.0, 60.0, 1.0
 
 log = logging.getLogger(__name__)
 
@@ -39,14 +41,17 @@ class Sweeper:
         self._leading, self._ask_at, self._collect_at = False, 0.0, 0.0
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sweeper", daemon=True)
+        self._postman = threading.Thread(target=self._deliver, name="webhooks", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
+        self._postman.start()
 
     def stop(self) -> None:
         """Ends the thread and lets another sweeper lead at once."""
         self._stopping.set()
         self._thread.join()
+        self._postman.join()
 
     @property
     def alive(self) -> bool:
@@ -63,6 +68,15 @@ class Sweeper:
                 log.warning("what is no longer needed could not be removed: %s", error)
         with contextlib.suppress(*AWAY):
             self._ledger.resign(ROLE, self._name)
+
+    def _deliver(self) -> None:
+        """Webhooks in a thread of their own, since a host may take its time; any process may deliver."""
+        secret = installation_secret(self._settings)
+        while not self._stopping.wait(DELIVER_SECONDS):
+            try:
+                deliver(self._ledger, secret)
+            except AWAY as outage:
+                log.warning("no webhook could be delivered, the next look tries again: %s", outage)
 
     def _leads(self, moment: float) -> bool:
         if moment >= self._ask_at:

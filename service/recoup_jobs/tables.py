@@ -15,6 +15,7 @@ from sqlalchemy import (
     Column,
     Double,
     ForeignKey,
+    Index,
     Integer,
     MetaData,
     String,
@@ -26,6 +27,14 @@ from sqlalchemy.sql.functions import FunctionElement
 
 metadata = MetaData()
 Number = BigInteger().with_variant(Integer, "sqlite")
+
+DEFAULT_TENANT = "default"
+"""Whose everything is, where keys name no other."""
+
+
+def _tenant() -> Column[str]:
+    return Column("tenant", String(64), nullable=False, default=DEFAULT_TENANT, server_default=DEFAULT_TENANT)
+
 
 jobs = Table(
     "jobs",
@@ -57,6 +66,9 @@ jobs = Table(
     Column("started_at", Double),
     Column("finished_at", Double),
     Column("cleared_at", Double),
+    _tenant(),
+    Index("ix_jobs_tenant", "tenant", "number"),
+    Index("ix_jobs_finished_at", "finished_at"),
     sqlite_autoincrement=True,
 )
 
@@ -93,6 +105,8 @@ files = Table(
     Column("rows", Integer, nullable=False),
     Column("sha256", String(64), nullable=False),
     Column("created_at", Double, nullable=False),
+    _tenant(),
+    Index("ix_files_tenant", "tenant", "number"),
     sqlite_autoincrement=True,
 )
 
@@ -102,6 +116,53 @@ leaders = Table(
     Column("role", String(32), primary_key=True),
     Column("owner", String(200)),
     Column("until", Double, nullable=False),
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("prefix", String(16), primary_key=True),
+    Column("sha256", String(64), nullable=False),
+    Column("tenant", String(64), nullable=False),
+    Column("name", String(64), nullable=False),
+    Column("scopes", JSON, nullable=False),
+    Column("created_at", Double, nullable=False),
+    Column("expires_at", Double),
+    Column("revoked_at", Double),
+)
+
+answers = Table(
+    "answers",
+    metadata,
+    Column("tenant", String(64), primary_key=True),
+    Column("key", String(255), primary_key=True),
+    Column("fingerprint", String(64), nullable=False),
+    Column("status", Integer, nullable=False),
+    Column("headers", JSON, nullable=False),
+    Column("body", Text, nullable=False),
+    Column("created_at", Double, nullable=False, index=True),
+)
+
+webhooks = Table(
+    "webhooks",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("tenant", String(64), nullable=False, index=True),
+    Column("url", Text, nullable=False),
+    Column("events", JSON, nullable=False),
+    Column("created_at", Double, nullable=False),
+    Column("disabled_at", Double),
+)
+
+deliveries = Table(
+    "deliveries",
+    metadata,
+    Column("webhook_id", String(32), ForeignKey(webhooks.c.id), primary_key=True),
+    Column("job_id", String(32), ForeignKey(jobs.c.id), primary_key=True),
+    Column("seq", Integer, primary_key=True, autoincrement=False),
+    Column("attempts", Integer, nullable=False),
+    Column("next_at", Double, index=True),
+    Column("last_answer", String(64)),
 )
 
 

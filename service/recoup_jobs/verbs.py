@@ -42,7 +42,7 @@ def resume(conn: Connection, job: Row[Any]) -> None:
 def retry(conn: Connection, job: Row[Any], id: str) -> None:
     """A new job of this id for what failed or was cancelled; what is committed need not be done again."""
     require("retry", job.state)
-    kept = {name: getattr(job, name) for name in ("request", "priority", "queue")}
+    kept = {name: getattr(job, name) for name in ("request", "priority", "queue", "tenant")}
     inherited = conn.execute(
         select(stages).where(stages.c.job_id == job.id, stages.c.stage != "package")
     ).all()

@@ -1,4 +1,4 @@
-"""`recoup-server`: up | api | worker | demo | align. What each starts is imported only then."""
+"""`recoup-server`: up | api | worker | keys | demo | align. What each starts is imported only then."""
 
 import signal
 import sys
@@ -9,16 +9,19 @@ from typing import Annotated, Literal
 import typer
 
 from recoup_jobs.settings import Settings
+from recoup_server import keys
 
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 DEFAULT_PORT = 8321
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Run Recoup's service and workers.")
 
+app.add_typer(keys.app, name="keys")
+
 Home = Annotated[
     Path | None, typer.Option(help="Where everything is kept. [default: RECOUP_HOME or ~/.recoup]")
 ]
-Host = Annotated[str, typer.Option(help="Address to listen on; anything but loopback needs RECOUP_API_KEY.")]
+Host = Annotated[str, typer.Option(help="Address to listen on; anything but loopback needs a key.")]
 Port = Annotated[int, typer.Option(min=1, max=65535)]
 
 
@@ -123,9 +126,21 @@ def _settings(home: Path | None) -> Settings:
 
 
 def _require_key(settings: Settings, host: str) -> None:
-    if host not in LOOPBACK and settings.api_key is None:
-        typer.echo(f"Listening on {host} needs a key: set RECOUP_API_KEY, or listen on 127.0.0.1.", err=True)
+    if host not in LOOPBACK and settings.api_key is None and not _has_keys(settings):
+        message = "make one with `recoup-server keys create`, set RECOUP_API_KEY, or listen on 127.0.0.1"
+        typer.echo(f"Listening on {host} needs a key: {message}.", err=True)
         sys.exit(2)
+
+
+def _has_keys(settings: Settings) -> bool:
+    from recoup_jobs.keys import any_key
+    from recoup_jobs.ledger import open_ledger
+
+    ledger = open_ledger(settings)
+    try:
+        return any_key(ledger)
+    finally:
+        ledger.close()
 
 
 def _interrupt(*_: object) -> None:

@@ -222,6 +222,7 @@ class FakeService:
         row |= {
             "bytes": len(content),
             "purpose": parts["purpose"].get_payload(),
+            "status": "processed",
             "rows": content.count(b"\n"),
         }
         self.files[id] = row | {"sha256": hashlib.sha256(content).hexdigest()}

@@ -1,9 +1,14 @@
 """The service in this process, with a client, tiny models and a worker that is the test itself."""
 
+import contextlib
 import json
+import socket
+import threading
+import time
 
 import numpy
 import pytest
+import uvicorn
 from fastapi.testclient import TestClient
 from safetensors.numpy import save_file
 
@@ -23,8 +28,8 @@ SCRIPT = 'print("β")\n'
 
 
 @pytest.fixture
-def settings(tmp_path):
-    return Settings(home=tmp_path / "home", sweep_seconds=0.02)
+def settings(tmp_path, database):
+    return Settings(home=tmp_path / "home", database_url=database, sweep_seconds=0.02)
 
 
 @pytest.fixture
@@ -38,6 +43,28 @@ def ledger(settings):
 def client(settings, ledger):
     with TestClient(create_app(settings, ledger), base_url="http://127.0.0.1") as client:
         yield client
+
+
+@contextlib.contextmanager
+def serving(app):
+    """The application on a port of this machine; yields its URL."""
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.fixture
+def serve():
+    """Serves an application on this machine for as long as the test runs."""
+    with contextlib.ExitStack() as running:
+        yield lambda app: running.enter_context(serving(app))
 
 
 @pytest.fixture

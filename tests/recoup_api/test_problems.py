@@ -30,12 +30,6 @@ def test_an_unknown_path_is_a_problem_too(client):
     assert Problem.model_validate(answer.json()).code == "not_found"
 
 
-def test_a_method_that_a_path_does_not_have_is_named(client):
-    answer = client.put("/v1/recoveries")
-    assert (answer.status_code, answer.json()["code"]) == (405, "method_not_allowed")
-    assert "allow" in answer.headers
-
-
 def test_what_nobody_foresaw_is_told_by_its_request_id_only(failing):
     answer = failing(RuntimeError("password hunter2"))
     assert (answer.status_code, answer.json()["code"]) == (500, "internal_error")

@@ -34,8 +34,9 @@ def test_an_unknown_field(refusal, body):
     assert found(problem) == [("/foo", "unknown_field")]
 
 
-def test_a_missing_model(refusal, body):
-    problem = refusal(body | {"student": {"source": "nowhere"}})
+@pytest.mark.parametrize("name", ["nowhere", "a" * 500])
+def test_a_missing_model(refusal, body, name):
+    problem = refusal(body | {"student": {"source": name}})
     assert (problem.status, problem.code) == (422, "model_not_found")
     assert found(problem) == [("/student/source", "model_not_found")]
 
@@ -76,9 +77,6 @@ def test_prompts_that_were_never_uploaded(refusal, body):
         ({"seed": -1}, "/seed"),
         ({"seed": True}, "/seed"),
         ({"seed": 1.0}, "/seed"),
-        ({"student": {"source": "../../etc/passwd"}}, "/student/source"),
-        ({"student": {"source": "file:///etc/passwd"}}, "/student/source"),
-        ({"student": {"source": "a\n"}}, "/student/source"),
         ({"student": {}}, "/student/source"),
         ({"teacher": None}, "/teacher"),
         ({"training": {"steps": "2"}}, "/training/steps"),
@@ -115,41 +113,10 @@ def test_an_unknown_field_deep_inside_is_named_by_its_place(refusal, body):
     assert found(problem) == [("/prompts/extra", "unknown_field")]
 
 
-@pytest.mark.parametrize("number", [b"NaN", b"Infinity", b"1e999"])
-def test_a_number_that_is_none_is_refused(refusal, body, number):
-    content = json.dumps(body | {"training": {"learning_rate": 7.5}}).encode().replace(b"7.5", number)
-    assert refusal(content).status in (400, 422)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"", b'{"student": {', b"\xff\xfe", b'"\\ud800"', b"[" * 100_000, b'{"a":' * 20_000],
-)
-def test_what_is_no_json_is_malformed(refusal, content):
-    problem = refusal(content)
-    assert (problem.status, problem.code) == (400, "malformed_json")
-
-
-@pytest.mark.parametrize("content", [b"[]", b"null", b"5"])
-def test_what_is_no_object_is_refused(refusal, content):
-    assert refusal(content).status == 422
-
-
-@pytest.mark.parametrize("type", ["text/plain", "", "application/json; charset=utf-7", "multipart/form-data"])
-def test_another_content_type_is_refused(refusal, body, type):
-    problem = refusal(body, **{"content-type": type})
-    assert (problem.status, problem.code) == (415, "unsupported_media_type")
-
-
 @pytest.mark.parametrize("type", ["application/json; charset=utf-8", 'Application/JSON;charset="UTF-8"'])
 def test_json_in_utf8_may_say_so(client, body, type):
     answer = client.post("/v1/recoveries", content=json.dumps(body), headers={"content-type": type})
     assert answer.status_code == 202
-
-
-def test_a_body_that_is_too_large_is_refused(refusal, body):
-    problem = refusal(body | {"metadata": {"k": "x" * (2 << 20)}})
-    assert (problem.status, problem.code) == (413, "body_too_large")
 
 
 def test_a_body_that_is_too_large_is_refused_though_it_hides_its_size(client):

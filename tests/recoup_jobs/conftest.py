@@ -1,40 +1,16 @@
 """A ledger on SQLite (or, where a test asks for it, PostgreSQL), settings, and tiny model folders."""
 
 import json
-import os
-import uuid
 
 import numpy
 import pytest
 from safetensors.numpy import save_file
-from sqlalchemy import create_engine, text
-from sqlalchemy.exc import OperationalError
 
 from recoup.schemas import CreateRecovery, ModelRef
 from recoup_jobs.ledger import open_ledger
 from recoup_jobs.settings import Settings
 
-POSTGRESQL = os.environ.get("RECOUP_TEST_POSTGRESQL_URL", "postgresql+psycopg://postgres@127.0.0.1:5432/test")
 VOCABULARY = {"a": 0, "b": 1, "c": 2}
-
-
-@pytest.fixture
-def database(request):
-    """None, which is SQLite, or the URL of a PostgreSQL schema that this test has for itself."""
-    if getattr(request, "param", "sqlite") == "sqlite":
-        yield None
-        return
-    schema = f"recoup_{uuid.uuid4().hex[:12]}"
-    server = create_engine(POSTGRESQL, connect_args={"connect_timeout": 2})
-    try:
-        with server.begin() as conn:
-            conn.execute(text(f"CREATE SCHEMA {schema}"))
-    except OperationalError as error:
-        pytest.skip(f"no PostgreSQL answers at {POSTGRESQL}: {error}")
-    yield f"{POSTGRESQL}?options=-csearch_path%3D{schema}"
-    with server.begin() as conn:
-        conn.execute(text(f"DROP SCHEMA {schema} CASCADE"))
-    server.dispose()
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import pytest
 
 from recoup.schemas import BuiltinPrompts, FilePrompts
 from recoup_jobs import catalog, rows
-from recoup_jobs.datasets import delete_file, load_prompts, load_text, store_file
+from recoup_jobs.datasets import Upload, delete_file, load_prompts, load_text, store_file
 from recoup_jobs.errors import Conflict, NotFound, TooLarge, Unprocessable
 
 CHAT = b'{"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}'
@@ -16,7 +16,7 @@ TEXT = b'{"text": "It rained."}'
 @pytest.fixture
 def store(ledger, settings):
     def store(*chunks):
-        return store_file(ledger, settings, "data.jsonl", "fine-tune", chunks)
+        return store_file(ledger, settings, Upload("data.jsonl", "fine-tune"), chunks)
 
     return store
 
@@ -39,7 +39,7 @@ def test_a_file_is_kept_with_its_rows_counted_and_hashed(ledger, store):
     file = store(content)
     assert (file.rows, file.bytes, file.filename) == (2, len(content), "data.jsonl")
     assert file.sha256 == hashlib.sha256(content).hexdigest()
-    assert catalog.get(ledger, file.id) == file
+    assert catalog.get(ledger, file.id, "default") == file
 
 
 def test_prompts_come_back_with_their_answers_and_kinds(ledger, settings, store):
@@ -70,8 +70,8 @@ def test_lines_may_be_blank_end_as_they_like_and_arrive_in_any_pieces(store):
     [
         (b'{"prompt": ', "/line/7", "malformed_json"),
         (b'{"prompt": "\xff"}', "/line/7", "malformed_json"),
-        (b"[" * 5000, "/line/7", "malformed_json"),
-        (b'{"prompt": NaN}', "/line/7", "malformed_json"),
+        (b"[" * 5000, "/line/7", "too_deep"),
+        (b'{"prompt": NaN}', "/line/7/prompt", "invalid_value"),
         (b"[1, 2]", "/line/7", "unknown_row"),
         (b'{"question": "Why?"}', "/line/7", "unknown_row"),
         (b'{"prompt": 5}', "/line/7/prompt", "invalid_value"),
@@ -120,7 +120,7 @@ def test_an_endless_line_is_refused_before_it_ends(ledger, settings):
             yield b"x" * (1 << 19)
 
     with pytest.raises(Unprocessable) as refused:
-        store_file(ledger, settings, "data.jsonl", "fine-tune", endless())
+        store_file(ledger, settings, Upload("data.jsonl", "fine-tune"), endless())
     assert refused.value.code == "line_too_long"
     assert refused.value.items[0].pointer == "/line/2"
 
@@ -141,9 +141,9 @@ def test_an_upload_that_breaks_off_leaves_nothing(ledger, settings):
         raise ConnectionResetError
 
     with pytest.raises(ConnectionResetError):
-        store_file(ledger, settings, "data.jsonl", "fine-tune", broken())
+        store_file(ledger, settings, Upload("data.jsonl", "fine-tune"), broken())
     assert list(settings.files_dir.iterdir()) == []
-    assert catalog.find(ledger, None, 10).data == []
+    assert catalog.find(ledger, "default", None, 10).data == []
 
 
 def test_prompts_are_not_read_as_text(ledger, settings, store):
@@ -153,16 +153,16 @@ def test_prompts_are_not_read_as_text(ledger, settings, store):
 
 def test_files_are_listed_newest_first(ledger, store):
     stored = [store(PROMPT).id for _ in range(3)]
-    first = catalog.find(ledger, None, 2)
-    rest = catalog.find(ledger, first.next_cursor, 2)
+    first = catalog.find(ledger, "default", None, 2)
+    rest = catalog.find(ledger, "default", first.next_cursor, 2)
     assert [file.id for file in first.data + rest.data] == stored[::-1]
 
 
 def test_a_deleted_file_is_gone(ledger, settings, store):
     file = store(PROMPT)
-    delete_file(ledger, settings, file.id)
+    delete_file(ledger, settings, file.id, "default")
     with pytest.raises(NotFound):
-        catalog.get(ledger, file.id)
+        catalog.get(ledger, file.id, "default")
     assert list(settings.files_dir.iterdir()) == []
 
 
@@ -170,9 +170,9 @@ def test_a_file_that_a_recovery_needs_is_kept_until_it_ends(ledger, settings, st
     file = store(PROMPT)
     job = ledger.create(asked.model_copy(update={"prompts": FilePrompts(file=file.id)}), "gpu.cpu")
     with pytest.raises(Conflict, match=job.id):
-        delete_file(ledger, settings, file.id)
+        delete_file(ledger, settings, file.id, "default")
     ledger.cancel(job.id)
-    delete_file(ledger, settings, file.id)
+    delete_file(ledger, settings, file.id, "default")
 
 
 def test_a_row_of_json_is_what_json_says(store, ledger, settings):

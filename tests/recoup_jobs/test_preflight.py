@@ -13,7 +13,7 @@ from recoup.schemas import (
     TaskSpec,
     TrainingSpec,
 )
-from recoup_jobs.datasets import store_file
+from recoup_jobs.datasets import Upload, store_file
 from recoup_jobs.errors import Unprocessable
 from recoup_jobs.preflight import preflight
 from recoup_jobs.sources import model_names
@@ -285,7 +285,7 @@ def test_another_chat_template_is_refused_wherever_it_is_kept(findings, student)
 def upload(ledger, settings):
     def upload(*rows):
         content = "\n".join(map(json.dumps, rows)).encode()
-        return FilePrompts(file=store_file(ledger, settings, "data.jsonl", "fine-tune", [content]).id)
+        return FilePrompts(file=store_file(ledger, settings, Upload("data.jsonl", "fine-tune"), [content]).id)
 
     return upload
 

@@ -96,6 +96,8 @@ class File(Output):
     created_at: int
     filename: str
     purpose: str
+    status: Literal["processed"]
+    """A file that is there was checked."""
     rows: int
     sha256: str
 

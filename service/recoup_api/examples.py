@@ -1,0 +1,138 @@
+"""Examples of the OpenAPI document, made of the models themselves so that they cannot be wrong."""
+
+from typing import Any
+
+from recoup.schemas import (
+    Artifact,
+    Capabilities,
+    CreateRecovery,
+    DeletedFile,
+    Event,
+    File,
+    ModelRef,
+    Problem,
+    Recovery,
+)
+from recoup.schemas.webhook import Webhook
+from recoup_jobs.openai_jobs import as_checkpoint, as_job, as_job_event
+
+RECOVERY_ID, FILE_ID = "rec_5f0c9a1e7d3b4c2a8e6f1d09", "file-0123456789abcdef01234567"
+AT = 1764000000.0
+
+REQUEST = {
+    "student": {"source": "my-pruned-model"},
+    "teacher": {"source": "its-original"},
+    "prompts": {"file": FILE_ID},
+    "metadata": {"ticket": "42"},
+}
+
+CHANGE = {"priority": 50, "metadata": {"ticket": "43"}}
+
+DIAGNOSIS_REQUEST = {"student": {"source": "my-pruned-model"}, "teacher": {"source": "its-original"}}
+
+JOB_REQUEST = {
+    "model": "my-model",
+    "training_file": FILE_ID,
+    "method": {"type": "supervised"},
+    "suffix": "tone",
+}
+
+WEBHOOK_REQUEST = {"url": "https://hooks.example.com/recoup", "events": ["recovery.succeeded"]}
+
+PROBLEM = Problem(
+    type="urn:recoup:problem:invalid_value",
+    title="Unprocessable Entity",
+    status=422,
+    detail="/seed: Input should be a valid integer",
+    code="invalid_value",
+    request_id="req_2791ae51ecf1235c3b9c8bea",
+    errors=[],
+).model_dump()
+
+_recovery = Recovery(
+    id=RECOVERY_ID,
+    object="recovery",
+    state="queued",
+    stage=None,
+    outcome=None,
+    error=None,
+    progress=None,
+    request=CreateRecovery(
+        student=ModelRef(source="my-pruned-model"), teacher=ModelRef(source="its-original")
+    ),
+    pausing=False,
+    retry_of=None,
+    epoch=0,
+    failures=0,
+    losses=0,
+    version=1,
+    created_at=AT,
+    started_at=None,
+    finished_at=None,
+).model_dump(mode="json")
+_event = Event(
+    object="recovery.event", seq=1, epoch=0, type="state", data={"state": "queued", "from": None}, at=AT
+).model_dump()
+_file = File(
+    id=FILE_ID,
+    object="file",
+    bytes=4096,
+    created_at=int(AT),
+    filename="general.jsonl",
+    purpose="fine-tune",
+    status="processed",
+    rows=64,
+    sha256="9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+).model_dump()
+_job = as_job(Recovery.model_validate(_recovery), {}, "default")
+_job_event = as_job_event(Event.model_validate(_event))
+_checkpoint = as_checkpoint(
+    RECOVERY_ID,
+    Event.model_validate(_event | {"seq": 9, "type": "metric", "data": {"step": 40, "kl": 0.021}}),
+)
+_webhook = Webhook(
+    id="wh_0123456789abcdef01234567",
+    object="webhook",
+    url="https://hooks.example.com/recoup",
+    events=["recovery.succeeded"],
+    created_at=AT,
+    disabled_at=None,
+).model_dump()
+_artifact = Artifact(object="artifact", path="report.json", size=2048, sha256=_file["sha256"]).model_dump()
+
+
+def _page(item: dict[str, Any]) -> dict[str, Any]:
+    return {"object": "list", "data": [item], "has_more": False, "next_cursor": None}
+
+
+EXAMPLES: dict[str, Any] = {
+    "createRecovery": _recovery,
+    "listRecoveries": _page(_recovery),
+    "getRecovery": _recovery,
+    "cancelRecovery": _recovery | {"state": "cancelled", "finished_at": AT + 60, "version": 2},
+    "listRecoveryEvents": _page(_event),
+    "listArtifacts": _page(_artifact),
+    "createFile": _file,
+    "listFiles": _page(_file),
+    "getFile": _file,
+    "deleteFile": DeletedFile(id=FILE_ID, object="file", deleted=True).model_dump(),
+    "createFineTuningJob": _job,
+    "listFineTuningJobs": _page(_job),
+    "getFineTuningJob": _job,
+    "cancelFineTuningJob": _job | {"status": "cancelled", "finished_at": int(AT) + 60},
+    "listFineTuningEvents": _page(_job_event),
+    "listFineTuningCheckpoints": _page(_checkpoint),
+    "createWebhook": _webhook | {"secret": "whsec_c2hvd24gb25jZQ=="},
+    "listWebhooks": _page(_webhook),
+    "getWebhook": _webhook,
+    "getCapabilities": Capabilities(
+        version="0.1.0",
+        damages=["finetuning", "quantization", "pruning"],
+        methods=["auto", "off_policy"],
+        training_modes=["auto", "lora"],
+        models=["my-pruned-model", "its-original"],
+    ).model_dump(),
+    "getHealth": {"status": "ok"},
+    "getReadiness": {"status": "ready"},
+}
+"""By operation."""

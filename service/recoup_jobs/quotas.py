@@ -1,0 +1,27 @@
+"""How much one tenant may have at a time. Checked before work is taken on, not to the last byte."""
+
+from sqlalchemy import func, select
+
+from recoup_jobs.catalog import LIVE_STATES
+from recoup_jobs.errors import TooMany
+from recoup_jobs.ledger import Ledger
+from recoup_jobs.tables import files, jobs
+
+LATER_SECONDS = 60
+
+
+def require_room_for_job(ledger: Ledger, tenant: str, most: int) -> None:
+    """`most` recoveries that have not ended."""
+    live = select(func.count()).where(jobs.c.tenant == tenant, jobs.c.state.in_(LIVE_STATES))
+    with ledger.reading() as conn:
+        if conn.execute(live).scalar_one() >= most:
+            message = f"{most} recoveries wait or run already; wait for one to end"
+            raise TooMany("quota_exceeded", message, LATER_SECONDS)
+
+
+def require_room_for_file(ledger: Ledger, tenant: str, most_bytes: int) -> None:
+    stored = select(func.coalesce(func.sum(files.c.bytes), 0)).where(files.c.tenant == tenant)
+    with ledger.reading() as conn:
+        if conn.execute(stored).scalar_one() >= most_bytes:
+            message = f"data sets of {most_bytes} bytes are stored already; delete some"
+            raise TooMany("quota_exceeded", message, LATER_SECONDS)

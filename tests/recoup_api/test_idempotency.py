@@ -1,0 +1,90 @@
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx2
+import pytest
+
+from recoup_api.app import create_app
+from recoup_api.idempotency import InFlightKeys
+from recoup_jobs.answers import Request
+from recoup_jobs.errors import InFlight
+from recoup_jobs.ledger import open_ledger
+
+KEY = {"idempotency-key": "one"}
+
+
+def test_the_same_request_is_done_once_and_answered_twice(client, ledger, body):
+    first, second = (client.post("/v1/recoveries", json=body, headers=KEY) for _ in range(2))
+    assert first.status_code == second.status_code == 202
+    assert first.content == second.content
+    assert first.headers["location"] == second.headers["location"]
+    assert "idempotent-replayed" not in first.headers
+    assert second.headers["idempotent-replayed"] == "true"
+    assert len(ledger.list(None, 10).data) == 1
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"metadata": {"k": "v"}}])
+def test_another_request_under_the_key_is_refused(client, ledger, body, change):
+    client.post("/v1/recoveries", json=body, headers=KEY)
+    refused = client.post("/v1/recoveries", json=body | change, headers=KEY)
+    assert (refused.status_code, refused.json()["code"]) == (422, "idempotency_key_reused")
+    assert len(ledger.list(None, 10).data) == 1
+
+
+def test_what_was_refused_is_not_kept(client, body):
+    for wrong in ({"seed": -1}, {"student": {"source": "no"}}):
+        assert client.post("/v1/recoveries", json=body | wrong, headers=KEY).status_code == 422
+    assert client.post("/v1/recoveries", json=body, headers=KEY).status_code == 202
+
+
+@pytest.mark.parametrize("key", ["x" * 256, "a b", "é".encode(), ""])
+def test_a_key_that_is_none_is_refused(client, body, key):
+    refused = client.post("/v1/recoveries", json=body, headers={"idempotency-key": key})
+    assert (refused.status_code, refused.json()["code"]) == (400, "invalid_idempotency_key")
+
+
+def test_a_request_is_alone_with_its_key():
+    keys, asked = InFlightKeys(), Request("ours", "one", "")
+    with keys.alone(asked):
+        with pytest.raises(InFlight) as refusal, keys.alone(asked):
+            pass
+        assert (refusal.value.status, refusal.value.retry_after) == (409, 1)
+        with keys.alone(Request("theirs", "one", "")):
+            pass
+    with keys.alone(asked):
+        pass
+
+
+def test_an_upload_is_stored_once_whatever_its_boundary(client, settings):
+    def upload(content):
+        form = {"files": {"file": ("a", content)}, "data": {"purpose": "fine-tune"}}
+        return client.post("/v1/files", headers=KEY, **form)
+
+    first, second = upload(b'{"prompt": "a"}'), upload(b'{"prompt": "a"}')
+    assert first.content == second.content
+    assert upload(b'{"prompt": "b"}').json()["code"] == "idempotency_key_reused"
+    assert len(list(settings.files_dir.iterdir())) == 1
+
+
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)
+def test_a_hundred_threads_with_one_key_make_one_job_and_get_one_answer(serve, settings, body):
+    ledgers = [open_ledger(settings) for _ in range(2)]
+    urls = [serve(create_app(settings, ledger)) for ledger in ledgers]
+
+    def create(number):
+        headers = KEY | {"content-type": "application/json"}
+        while True:
+            where = f"{urls[number % 2]}/v1/recoveries"
+            answer = httpx2.post(where, content=json.dumps(body), headers=headers, timeout=60)
+            if answer.status_code != 409:
+                return answer.status_code, answer.content
+            assert answer.headers["retry-after"] == "1"
+            time.sleep(1)
+
+    with ThreadPoolExecutor(100) as pool:
+        answers = set(pool.map(create, range(100)))
+    assert [status for status, _ in answers] == [202]
+    assert len(ledgers[0].list(None, 10).data) == 1
+    for ledger in ledgers:
+        ledger.close()

@@ -1,0 +1,28 @@
+"""A secret that was given to the service is found nowhere again: no log, no event, no problem, no row."""
+
+import logging
+
+from fastapi.testclient import TestClient
+
+from recoup_api.app import create_app
+from recoup_jobs.keys import NewKey, create_key
+from recoup_jobs.tables import metadata
+
+
+def test_no_secret_is_kept_logged_or_told(settings, ledger, body, caplog):
+    caplog.set_level(logging.DEBUG)
+    key = create_key(ledger, NewKey("ours", "test"))
+    app = create_app(settings, ledger)
+    bearer = {"authorization": f"Bearer {key}"}
+    with TestClient(app, base_url="http://recoup.example", headers=bearer) as client:
+        webhook = client.post("/v1/webhooks", json={"url": "https://93.184.216.34/"}).json()
+        job = client.post("/v1/recoveries", json=body, headers={"idempotency-key": "one"}).json()
+        told = [client.get(f"/v1/recoveries/{job['id']}/events").text, client.get("/v1/webhooks").text]
+        told += [client.post(path, content=key).text for path in ("/v1/recoveries", "/v1/files", "/v1/none")]
+        told += [client.get("/v1/files", headers={"authorization": f"Bearer {key}x"}).text]
+    with ledger.reading() as conn:
+        rows = [repr(conn.execute(table.select()).all()) for table in metadata.sorted_tables]
+    for secret in (key.rpartition("_")[2], webhook["secret"], app.state.secret.decode()):
+        assert not any(secret in text for text in (*rows, *told, caplog.text))
+    assert job["id"] in "".join(rows)
+    assert (settings.home / "secret").stat().st_mode & 0o777 == 0o600
