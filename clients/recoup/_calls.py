@@ -5,6 +5,8 @@ apart. An id is checked against its grammar before it becomes part of a path, an
 artifact's path is escaped segment by segment: no argument can address another route.
 """
 
+from __future__ import annotations  # Page[…] in a signature would build that model at import
+
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -80,7 +82,7 @@ def await_change(seen: Recovery, wait: int) -> Call[Recovery | None]:
 
 
 def list_recoveries(after: str | None, limit: int | None) -> Call[Page[Recovery]]:
-    return Call("GET", "/v1/recoveries", _reader(Page[Recovery]), query=_query(after=after, limit=limit))
+    return Call("GET", "/v1/recoveries", _page_reader(Recovery), query=_query(after=after, limit=limit))
 
 
 def cancel_recovery(id: str) -> Call[Recovery]:
@@ -89,7 +91,7 @@ def cancel_recovery(id: str) -> Call[Recovery]:
 
 def list_events(id: str, after: str | None) -> Call[Page[Event]]:
     """`after`: the `seq` of an event, which is also the cursor of these pages."""
-    return Call("GET", f"{_recovery(id)}/events", _reader(Page[Event]), query=_query(after=after))
+    return Call("GET", f"{_recovery(id)}/events", _page_reader(Event), query=_query(after=after))
 
 
 def get_report(id: str) -> Call[Report]:
@@ -109,7 +111,7 @@ def get_recipe(id: str) -> Call[str]:
 
 
 def list_artifacts(id: str, after: str | None) -> Call[Page[Artifact]]:
-    return Call("GET", f"{_recovery(id)}/artifacts", _reader(Page[Artifact]), query=_query(after=after))
+    return Call("GET", f"{_recovery(id)}/artifacts", _page_reader(Artifact), query=_query(after=after))
 
 
 def get_artifact(id: str, path: str) -> Call[bytes]:
@@ -123,7 +125,7 @@ def create_file(path: Path, purpose: str) -> Call[File]:
 
 
 def list_files(after: str | None, limit: int | None) -> Call[Page[File]]:
-    return Call("GET", "/v1/files", _reader(Page[File]), query=_query(after=after, limit=limit))
+    return Call("GET", "/v1/files", _page_reader(File), query=_query(after=after, limit=limit))
 
 
 def get_file(id: str) -> Call[File]:
@@ -165,6 +167,15 @@ def _reader(model: type[M]) -> Callable[[bytes], M]:
 
 def _read(model: type[M], body: bytes) -> M:
     return model.model_validate_json(body)
+
+
+def _page_reader(item: type[M]) -> Callable[[bytes], Page[M]]:
+    return partial(_read_page, item)
+
+
+def _read_page(item: type[M], body: bytes) -> Page[M]:
+    """The page's model is made here, at its first use."""
+    return Page[item].model_validate_json(body)  # type: ignore[valid-type]
 
 
 def _recovery_unless_empty(body: bytes) -> Recovery | None:
