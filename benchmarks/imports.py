@@ -16,7 +16,7 @@ BASELINE = "from pydantic import BaseModel; import httpx2"
 STATEMENTS = (
     BASELINE,
     "import recoup",
-    "from recoup import Client",
+    "from recoup import AsyncClient, Client",
 )
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import recoup
-from recoup import _render, _watch
+from recoup import Client, _render, _watch
 from recoup._commands import app
 from recoup.schemas import Event, Progress
 
@@ -27,6 +27,12 @@ def run(service, monkeypatch):
     for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "COLUMNS"):
         monkeypatch.delenv(name, raising=False)
     return lambda *arguments: CliRunner().invoke(app, [*map(str, arguments)])
+
+
+@pytest.fixture
+def client(service):
+    with Client(service.url, timeout=5.0) as client:
+        yield client
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ def test_importing_recoup_loads_pydantic_alone():
 
 
 def test_the_client_loads_the_http_library_and_no_terminal():
-    loaded = modules_after("from recoup import Client; Client().close()")
+    loaded = modules_after("from recoup import AsyncClient, Client; AsyncClient(), Client().close()")
     assert "httpx2" in loaded
     assert loaded.isdisjoint({"typer", "rich", *FOREIGN})
 

@@ -46,6 +46,7 @@ from recoup.schemas.report import (
 from recoup.schemas.request import (
     AlignmentSpec,
     BuiltinPrompts,
+    ChangeRecovery,
     CreateRecovery,
     Damage,
     DivergenceName,
@@ -74,6 +75,7 @@ __all__ = [
     "Baseline",
     "BuiltinPrompts",
     "Capabilities",
+    "ChangeRecovery",
     "ChatRow",
     "Checkpoint",
     "Choice",

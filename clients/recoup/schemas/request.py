@@ -247,3 +247,11 @@ class CreateRecovery(Input):
         if self.method.beta is not None and self.method.divergence not in {"jsd", "skew_kl"}:
             raise ValueError("method.beta belongs to method.divergence jsd or skew_kl")
         return self
+
+
+class ChangeRecovery(Input):
+    """What may change once a recovery exists; what is not given stays."""
+
+    priority: Annotated[int, Field(ge=-100, le=100)] | None = None
+    metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] | None = None
+    """Replaces all pairs."""
