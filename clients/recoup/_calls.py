@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 from urllib.parse import quote
 
 from pydantic import BaseModel
@@ -42,8 +42,7 @@ T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 
 
-@dataclass(frozen=True)
-class Upload:
+class Upload(NamedTuple):
     """A local file that travels as a form."""
 
     path: Path

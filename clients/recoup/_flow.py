@@ -4,7 +4,8 @@ A *flow* is a generator that does nothing itself. It yields an effect (open this
 on, sleep), and is sent what came of it or is thrown the error that it met. The two drivers
 of `_http.py` perform effects, one on the calling thread, one by `await`; everything that
 has an order or a decision (retries, pages, waiting, events, downloads) is a flow, so the
-synchronous and the asynchronous client cannot differ in it.
+synchronous and the asynchronous client cannot differ in it. (Effects are named tuples: that
+is the kind of frozen value that costs least to define, and every import pays for it.)
 
     def both(first: Call[T], second: Call[T]) -> Flow[tuple[T, T]]:
         return (yield from send(first)), (yield from send(second))
@@ -18,7 +19,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Generator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 from pydantic import ValidationError
 
@@ -28,54 +29,46 @@ from recoup.errors import APIConnectionError, InvalidAnswerError
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Send(Generic[T]):
+class Send(NamedTuple, Generic[T]):
     """Send the call, again where that is safe. Gives a RawResponse; throws what `errors.py` names."""
 
     call: Call[T]
 
 
-@dataclass(frozen=True)
-class Open:
+class Open(NamedTuple):
     """Send the call once. Gives its Head, once that is there; throws Unanswered."""
 
     call: Call[Any]
 
 
-@dataclass(frozen=True)
-class Read:
+class Read(NamedTuple):
     """Read on in what was opened last. Gives bytes, none at the end; throws Unanswered."""
 
 
-@dataclass(frozen=True)
-class Sleep:
+class Sleep(NamedTuple):
     seconds: float
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """Do work that blocks for long (hashing a file), off the event loop if there is one. Gives its result."""
 
     work: Callable[[], Any]
 
 
-@dataclass(frozen=True)
-class Tell:
+class Tell(NamedTuple):
     """Call the user back; what the callback returns is awaited where that is possible."""
 
     callback: Callable[[Any], object]
     value: object
 
 
-@dataclass(frozen=True)
-class Emit:
+class Emit(NamedTuple):
     """Hand a value to whoever iterates over this flow."""
 
     value: Any
 
 
-@dataclass(frozen=True)
-class Done:
+class Done(NamedTuple):
     """The flow has returned this."""
 
     value: Any
@@ -85,8 +78,7 @@ Effect: TypeAlias = Send[Any] | Open | Read | Sleep | Run | Tell | Emit
 Flow: TypeAlias = Generator[Effect, Any, T]
 
 
-@dataclass(frozen=True)
-class Head:
+class Head(NamedTuple):
     """An answer, before its body."""
 
     status: int
@@ -140,8 +132,7 @@ class RawResponse(Generic[T]):
             ) from error
 
 
-@dataclass(frozen=True)
-class World:
+class World(NamedTuple):
     """The chance and the clocks that flows ask."""
 
     jitter: Callable[[], float] = random.random

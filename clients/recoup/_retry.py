@@ -6,9 +6,9 @@ each try, is spread by jitter (so that clients that failed together do not come 
 together), and gives way to the server's own `Retry-After`.
 """
 
-from dataclasses import dataclass
 from datetime import datetime
 from email.utils import parsedate_to_datetime
+from typing import NamedTuple
 
 RETRIED_STATUSES = frozenset({408, 429, 502, 503, 504})
 FIRST_DELAY, LONGEST_DELAY = 0.5, 8.0
@@ -17,8 +17,7 @@ LONGEST_RETRY_AFTER = 60.0
 """Seconds; who is told to stay away for longer tells the caller instead of sleeping."""
 
 
-@dataclass(frozen=True)
-class Failure:
+class Failure(NamedTuple):
     """How one try failed."""
 
     status: int | None

@@ -5,10 +5,10 @@ stream left half said is dropped.
 """
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Frame:
+class Frame(NamedTuple):
     """One server-sent event; what it does not say is empty."""
 
     event: str
