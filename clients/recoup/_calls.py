@@ -27,11 +27,9 @@ from recoup.schemas import (
     Capabilities,
     ChangeRecovery,
     CreateRecovery,
-    Damage,
     Event,
     File,
     ModelRef,
-    Outcome,
     Page,
     Recovery,
     Report,
@@ -114,20 +112,13 @@ def await_change(seen: Recovery, wait: int) -> Call[Recovery | None]:
 
 
 def list_recoveries(
-    after: str | None = None,
-    limit: int | None = None,
-    *,
-    state: State | None = None,
-    outcome: Outcome | None = None,
-    damage: Damage | None = None,
-    metadata: dict[str, str] | None = None,
+    after: str | None = None, limit: int | None = None, *, state: State | None = None
 ) -> Call[Page[Recovery]]:
-    """All jobs, newest first, or those of this state, outcome, damage and metadata.
+    """All jobs, or those in this state, newest first; `limit` is the size of a page.
 
-    Pages are fetched as they are asked for; `limit` is the size of a page.
+    Pages are fetched as they are asked for.
     """
-    pairs = {f"metadata[{name}]": value for name, value in (metadata or {}).items()}
-    query = _query(after=after, limit=limit, state=state, outcome=outcome, damage=damage, **pairs)
+    query = _query(after=after, limit=limit, state=state)
     return Call("GET", "/v1/recoveries", _page_reader(Recovery), query=query)
 
 

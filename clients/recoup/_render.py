@@ -18,9 +18,11 @@ from recoup.schemas import (
     Baseline,
     Cost,
     Estimate,
+    File,
     Measure,
     Recovery,
     Report,
+    Sample,
     TrainingReport,
 )
 
@@ -81,6 +83,41 @@ def jobs_table(recoveries: Sequence[Recovery]) -> Table:
     return table
 
 
+def files_table(files: Sequence[File]) -> Table:
+    """One row a data set."""
+    table = Table("id", "name", "purpose", "rows", "bytes", "created")
+    for file in files:
+        id, name, purpose = (Text(clean(text)) for text in (file.id, file.filename, file.purpose))
+        table.add_row(id, name, purpose, f"{file.rows:,}", f"{file.bytes:,}", _moment(file.created_at))
+    return table
+
+
+def file_lines(file: File) -> list[str]:
+    """One data set, a line a fact."""
+    facts = {
+        "id": file.id,
+        "name": clean(file.filename),
+        "purpose": clean(file.purpose),
+        "rows": file.rows,
+        "bytes": file.bytes,
+        "sha256": file.sha256,
+        "created": _moment(file.created_at),
+    }
+    return [f"{name}: {value}" for name, value in facts.items()]
+
+
+def sample_lines(sample: Sample) -> list[str]:
+    """One prompt, and what teacher and student answer to it."""
+    answers = {
+        "prompt": sample.prompt,
+        "teacher": sample.teacher,
+        "before": sample.before,
+        "after": sample.after,
+    }
+    said = [f"{name + ':':<9}{_indented(text)}" for name, text in answers.items() if text is not None]
+    return [f"[{clean(sample.kind)}]", *said]
+
+
 def job_lines(job: Recovery) -> list[str]:
     """One job, a line a fact that is known."""
     progress = job.progress and f"{job.progress.done}/{job.progress.total} {clean(job.progress.unit)}"
@@ -98,6 +135,10 @@ def job_lines(job: Recovery) -> list[str]:
         "finished": job.finished_at and _moment(job.finished_at),
     }
     return [f"{name}: {value}" for name, value in facts.items() if value]
+
+
+def _indented(text: str) -> str:
+    return clean(text.strip()).replace("\n", "\n" + " " * 9)
 
 
 def validation_lines(error: ValidationError) -> list[str]:

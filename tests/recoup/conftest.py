@@ -141,10 +141,10 @@ class FakeService:
 
     def answer(self, request: Request) -> tuple[int, bytes]:
         with self._lock:
-            if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":
-                return _problem(401, "unauthenticated", "This server asks for a key.")
             if request.path == "/readyz":
                 return _json(200, {"status": "ready"})
+            if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":
+                return _problem(401, "unauthenticated", "This server asks for a key.")
             key = request.headers.get("Idempotency-Key", "")
             if key not in self._answered or not key:
                 self._answered[key] = self._route(request)

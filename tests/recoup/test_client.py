@@ -247,9 +247,9 @@ def test_priority_and_metadata_may_change_and_what_is_not_given_stays(client, se
 def test_a_list_is_filtered_by_the_server_on_every_page(client, service):
     for _ in range(3):
         client.recoveries.create(**ASK)
-    assert len([*client.recoveries.list(state="queued", metadata={"run": "7"})]) == 3
+    assert len([*client.recoveries.list(state="queued")]) == 3
     queries = [request.query for request in service.sent("GET", "/v1/recoveries")]
-    assert [(query["state"], query["metadata[run]"]) for query in queries] == [("queued", "7")] * 2
+    assert [query["state"] for query in queries] == ["queued"] * 2
 
 
 def test_a_raw_response_has_headers_and_the_value(client, service, faults):
