@@ -22,7 +22,17 @@ from recoup.errors import (
     UnsafePathError,
     WaitTimeoutError,
 )
-from recoup.schemas import Alignment, Artifact, Capabilities, CreateRecovery, Event, File, Recovery, Report
+from recoup.schemas import (
+    Alignment,
+    Artifact,
+    Capabilities,
+    CreateRecovery,
+    DryRun,
+    Event,
+    File,
+    Recovery,
+    Report,
+)
 
 if TYPE_CHECKING:
     from recoup._flow import RawResponse
@@ -44,6 +54,7 @@ __all__ = [
     "Client",
     "ConflictError",
     "CreateRecovery",
+    "DryRun",
     "Event",
     "File",
     "InternalServerError",

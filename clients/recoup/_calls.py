@@ -27,6 +27,7 @@ from recoup.schemas import (
     Capabilities,
     ChangeRecovery,
     CreateRecovery,
+    DryRun,
     Event,
     File,
     ModelRef,
@@ -91,6 +92,20 @@ def create_recovery(
     if idempotency_key is None:
         return call
     return replace(call, headers=(*call.headers, ("Idempotency-Key", idempotency_key)))
+
+
+def dry_run(
+    *,
+    student: str | dict[str, Any] | ModelRef | None = None,
+    teacher: str | dict[str, Any] | ModelRef | None = None,
+    **fields: Any,
+) -> Call[DryRun]:
+    """What a recovery of these fields would do and cost, and what preflight finds; nothing is queued.
+
+    Raises UnprocessableEntityError where the recovery itself would be refused.
+    """
+    body = _request_body(None, student, teacher, fields)
+    return Call("POST", "/v1/recoveries", _reader(DryRun), query=_query(dry_run="true"), json=body)
 
 
 def get_recovery(id: str) -> Call[Recovery]:

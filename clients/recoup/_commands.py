@@ -14,7 +14,7 @@ from recoup import __version__, _render, _uploads
 from recoup._completion import completion
 from recoup._doctor import doctor
 from recoup._session import Id, Json, connected, console, dump, echo, show, show_state
-from recoup._submit import submit
+from recoup._submit import dry_run, submit
 from recoup._watch import follow
 from recoup.schemas import State
 
@@ -45,6 +45,7 @@ def main(
 
 
 app.command()(submit)
+app.command()(dry_run)
 
 
 @app.command()

@@ -17,6 +17,7 @@ from recoup.schemas import (
     AlignmentState,
     Baseline,
     Cost,
+    DryRun,
     Estimate,
     File,
     Measure,
@@ -81,6 +82,17 @@ def jobs_table(recoveries: Sequence[Recovery]) -> Table:
         id, student = Text(clean(job.id)), Text(clean(job.request.student.source))
         table.add_row(id, job.state, job.stage, job.outcome, student, _moment(job.created_at))
     return table
+
+
+def dry_run_lines(found: DryRun) -> list[str]:
+    """What would be done, what it would cost, and what preflight says."""
+    cost = found.estimate
+    return [
+        *(clean(f"{choice.name}: {choice.value} ({choice.why})") for choice in found.plan),
+        f"estimate: {span(cost.seconds)}, {cost.tokens:,} tokens, "
+        f"{cost.memory_bytes / 2**30:.1f} GiB of memory, {cost.disk_bytes / 2**30:.1f} GiB of disk",
+        *(clean(f"note: {item.pointer or '/'}: {item.message}") for item in found.findings),
+    ]
 
 
 def files_table(files: Sequence[File]) -> Table:

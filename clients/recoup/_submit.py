@@ -1,11 +1,16 @@
-"""`recoup submit`: options and files become a request."""
+"""`recoup submit` and `recoup dry-run`: options and files become a request."""
 
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial, wraps
+from inspect import Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
+from recoup import _render
 from recoup._session import Json, connected, show
 from recoup._watch import follow
 from recoup.schemas import CreateRecovery, Match
@@ -20,7 +25,31 @@ _UNSENT = f"file-{'0' * 24}"
 """The id of a file that is not uploaded yet."""
 
 
-def submit(
+@dataclass(frozen=True)
+class Asked:
+    """A request whose files are yet to be uploaded."""
+
+    fields: dict[str, Any]
+    sets: dict[str, str | Path]
+    """Prompts by the field that names them: an uploaded file's id, or a path."""
+    tasks: list[tuple[dict[str, str], str | Path]]
+
+    def check(self) -> None:
+        """Raises ValidationError before a file is uploaded for nothing."""
+        CreateRecovery.model_validate(self.fields)
+
+    def sent(self, upload: Callable[[Path], str]) -> dict[str, Any]:
+        """The fields, once `upload` has made an id of each path."""
+
+        def place(found: str | Path) -> str:
+            return upload(found) if isinstance(found, Path) else found
+
+        sets = {field: {"file": place(found)} for field, found in self.sets.items()}
+        tasks = [spec | {"file": place(found)} for spec, found in self.tasks]
+        return self.fields | sets | ({"evaluation": {"tasks": tasks}} if tasks else {})
+
+
+def _asked(
     student: Annotated[str, typer.Option(help="The damaged model, as the server names it.")],
     teacher: Annotated[str, typer.Option(help="Its healthy original.")],
     prompts: Annotated[
@@ -44,11 +73,7 @@ def submit(
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
     priority: Annotated[int | None, typer.Option(help="The highest is claimed first.")] = None,
     name: Annotated[str | None, typer.Option(help="Of the recovered model.")] = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Stay, show progress and the verdict.")] = False,
-    json: Json = False,
-) -> None:
-    """Submit a recovery."""
-    tasks = [_task(option) for option in task or []]
+) -> Asked:
     fields = _given(
         student={"source": student},
         teacher={"source": teacher},
@@ -56,24 +81,66 @@ def submit(
         method=_given(type=method),
         training=_given(mode=mode, steps=steps, learning_rate=learning_rate, batch_size=batch_size),
         generation=_given(max_new_tokens=max_new_tokens),
-        evaluation=_given(tasks=[spec for spec, _ in tasks] or None),
+        evaluation=_given(tasks=[spec for spec, _ in map(_task, task or [])] or None),
         output=_given(name=name),
         seed=seed,
         priority=priority,
     )
-    sets = {"prompts": _place(prompts, "--prompts"), "keep": _place(keep, "--keep")}
+    sets = _given(prompts=_place(prompts, "--prompts"), keep=_place(keep, "--keep"))
+    return Asked(fields, sets, [*map(_task, task or [])])
+
+
+def with_request(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, whose first argument is made of the options that describe a recovery."""
+    _, *own = signature(command).parameters.values()
+    parameters = [*signature(_asked).parameters.values(), *own]
+
+    @wraps(command)
+    def run(**options: Any) -> None:
+        mine = {parameter.name: options.pop(parameter.name) for parameter in own}
+        command(_asked(**options), **mine)
+
+    run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+@with_request
+def submit(
+    asked: Asked,
+    watch: Annotated[bool, typer.Option("--watch", help="Stay, show progress and the verdict.")] = False,
+    json: Json = False,
+) -> None:
+    """Submit a recovery."""
     with connected(json) as client:
-        CreateRecovery.model_validate(fields)  # before a file is uploaded for nothing
-        fields |= {field: {"file": _sent(client, place)} for field, place in sets.items() if place}
-        if tasks:
-            fields |= {
-                "evaluation": {"tasks": [spec | {"file": _sent(client, path)} for spec, path in tasks]}
-            }
-        recovery = client.recoveries.create(**fields)
+        asked.check()
+        recovery = client.recoveries.create(**asked.sent(lambda path: client.files.create(path).id))
         if watch:
             follow(client, recovery.id, json)
         else:
             show(recovery, json, f"{recovery.id} {recovery.state}\nwatch it with: recoup watch {recovery.id}")
+
+
+@with_request
+def dry_run(asked: Asked, json: Json = False) -> None:
+    """Print what a recovery would do and cost, and what is wrong with it; queue nothing.
+
+    Files that are here are uploaded for it, and removed again.
+    """
+    uploaded: list[str] = []
+
+    def upload(client: "Client", path: Path) -> str:
+        uploaded.append(client.files.create(path).id)
+        return uploaded[-1]
+
+    with connected(json) as client:
+        asked.check()
+        try:
+            found = client.recoveries.dry_run(**asked.sent(partial(upload, client)))
+        finally:
+            for id in uploaded:
+                client.files.delete(id)
+        show(found, json, "\n".join(_render.dry_run_lines(found)))
 
 
 def _given(**options: Any) -> dict[str, Any]:
@@ -90,11 +157,6 @@ def _place(option: str | None, name: str) -> str | Path | None:
             f"'{option}' is no file here, and no id such as {_UNSENT}.", param_hint=f"'{name}'"
         )
     return Path(option)
-
-
-def _sent(client: "Client", place: str | Path) -> str:
-    """The id of the file, once it is on the server."""
-    return client.files.create(place).id if isinstance(place, Path) else place
 
 
 def _task(option: str) -> tuple[dict[str, str], str | Path]:

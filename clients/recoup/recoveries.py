@@ -19,6 +19,7 @@ class Recoveries(Generic[M]):
         self._driver = driver
 
     create = Sends(_calls.create_recovery)
+    dry_run = Sends(_calls.dry_run)
     get = Sends(_calls.get_recovery)
     list = Lists(_calls.list_recoveries)
 

@@ -89,6 +89,12 @@ FAILURE = (
     ),
 )
 ENDLESS = (*RUN,)
+DRY_RUN = {
+    "object": "recovery.dry_run",
+    "plan": [{"name": "method", "value": "off_policy", "why": "the student was pruned"}],
+    "findings": [{"pointer": "/prompts", "code": "few_prompts", "message": "60 prompts are few"}],
+    "estimate": {"tokens": 12_000, "memory_bytes": 2**31, "disk_bytes": 2**29, "seconds": 200.0},
+}
 
 
 class FakeService:
@@ -186,6 +192,8 @@ class FakeService:
         return routes[verb](request, id)
 
     def _create(self, request: Request) -> tuple[int, bytes]:
+        if request.query.get("dry_run") == "true":
+            return _json(200, DRY_RUN)
         id = f"rec_{len(self.jobs) + 1:024x}"
         empty = dict.fromkeys(("stage", "outcome", "error", "progress", "started_at", "finished_at"))
         asked = CreateRecovery.model_validate_json(request.body).model_dump(mode="json")

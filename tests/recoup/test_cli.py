@@ -76,6 +76,18 @@ def test_submit_sends_the_options_and_uploads_the_files(run, service, tmp_path):
     assert json.loads(result.stdout)["state"] == "queued"
 
 
+def test_a_dry_run_prints_plan_and_cost_and_leaves_nothing_behind(run, service, tmp_path):
+    (tmp_path / "general.jsonl").write_text('{"prompt": "a"}\n')
+    asked = ["dry-run", *SUBMIT[1:], "--prompts", tmp_path / "general.jsonl"]
+    assert run(*asked).stdout.splitlines() == [
+        "method: off_policy (the student was pruned)",
+        "estimate: 3 min 20 s, 12,000 tokens, 2.0 GiB of memory, 0.5 GiB of disk",
+        "note: /prompts: 60 prompts are few",
+    ]
+    assert json.loads(run(*asked, "--json").stdout)["object"] == "recovery.dry_run"
+    assert (service.jobs, service.files) == ({}, {})
+
+
 def test_submit_uploads_the_files_of_tasks(run, service, tmp_path):
     sums, capitals = tmp_path / "sums.jsonl", tmp_path / "of:all.jsonl"
     for path in (sums, capitals):

@@ -24,6 +24,12 @@ def test_a_ready_request_is_taken_as_it_is(client):
         client.recoveries.create(request, seed=1)
 
 
+def test_a_dry_run_queues_nothing(client, service):
+    found = client.recoveries.dry_run(**ASK, seed=7)
+    assert (found.plan[0].value, found.estimate.seconds) == ("off_policy", 200.0)
+    assert service.jobs == {}
+
+
 @pytest.mark.parametrize("wrong", [{"seed": "1"}, {"sead": 1}, {"student": "../x"}, {"teacher": None}])
 def test_a_wrong_field_is_refused_before_a_byte_leaves(client, service, wrong):
     with pytest.raises(ValidationError):

@@ -5,6 +5,7 @@ Answers have no defaults, are frozen, and keep fields that a newer server adds.
 """
 
 from recoup.schemas.dataset import ChatRow, Message, Prompt, PromptRow, TextRow
+from recoup.schemas.plan import CostEstimate, DryRun
 from recoup.schemas.recovery import (
     TERMINAL_STATES,
     Artifact,
@@ -80,11 +81,13 @@ __all__ = [
     "Checkpoint",
     "Choice",
     "Cost",
+    "CostEstimate",
     "CreateRecovery",
     "Damage",
     "DamageReport",
     "DeletedFile",
     "DivergenceName",
+    "DryRun",
     "Estimate",
     "EvaluationSpec",
     "Event",
