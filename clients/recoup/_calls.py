@@ -85,12 +85,14 @@ def create_recovery(
     """Submit a recovery, either a ready `request` or its fields; a bare str names a model's source.
 
     The same `idempotency_key` again, even from another process, is answered with the same job.
-    Raises pydantic's ValidationError before anything is sent.
+    Raises pydantic's ValidationError, or InvalidArgumentError on a key, before anything is sent.
     """
     body = _request_body(request, student, teacher, fields)
     call = Call("POST", "/v1/recoveries", _reader(Recovery), json=body)
     if idempotency_key is None:
         return call
+    if not _KEY.fullmatch(idempotency_key):
+        raise InvalidArgumentError("An idempotency key has 1 to 255 printable ASCII characters, no space.")
     return replace(call, headers=(*call.headers, ("Idempotency-Key", idempotency_key)))
 
 
@@ -271,6 +273,7 @@ def next_page(call: Call[Page[T]], page: Page[T]) -> Call[Page[T]] | None:
 STREAM_SILENCE = 30.0
 """Seconds for which a stream may be silent, beyond a client's timeout."""
 
+_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
 
 

@@ -32,3 +32,9 @@ def test_only_what_the_caller_set_is_sent():
 def test_what_was_not_given_is_not_in_the_query():
     assert _calls.list_recoveries(None, None).query == ()
     assert _calls.list_recoveries("c", 5).query == (("after", "c"), ("limit", "5"))
+
+
+@pytest.mark.parametrize("key", ["", "a b", "a\r\nX-Evil: 1", "schlüssel", "k" * 256])
+def test_an_idempotency_key_cannot_smuggle_a_header(key):
+    with pytest.raises(InvalidArgumentError, match="idempotency key"):
+        _calls.create_recovery(student="s", teacher="t", idempotency_key=key)
