@@ -109,6 +109,7 @@ class FakeService:
         self.artifacts = {"adapter/weights.safetensors": b"w" * 70_000, "report.json": b"{}"}
         self.sent_instead: dict[str, bytes] = {}
         self.key: str | None = None
+        self.knows_dry_runs = True
         self.faults: deque[Fault | None] = deque()
         self.tears: deque[int] = deque()
         """After so many events a stream breaks in the middle of the next one; one number a stream."""
@@ -192,7 +193,7 @@ class FakeService:
         return routes[verb](request, id)
 
     def _create(self, request: Request) -> tuple[int, bytes]:
-        if request.query.get("dry_run") == "true":
+        if self.knows_dry_runs and request.query.get("dry_run") == "true":
             return _json(200, DRY_RUN)
         id = f"rec_{len(self.jobs) + 1:024x}"
         empty = dict.fromkeys(("stage", "outcome", "error", "progress", "started_at", "finished_at"))

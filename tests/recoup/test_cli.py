@@ -88,6 +88,14 @@ def test_a_dry_run_prints_plan_and_cost_and_leaves_nothing_behind(run, service, 
     assert (service.jobs, service.files) == ({}, {})
 
 
+def test_what_a_server_without_dry_runs_queues_is_cancelled(run, service):
+    service.knows_dry_runs = False
+    result = run("dry-run", *SUBMIT[1:])
+    ((id, job),) = service.jobs.items()
+    assert (result.exit_code, job["state"]) == (2, "cancelling")
+    assert result.stderr == f"This server knows no dry runs. It queued {id}, which was cancelled.\n"
+
+
 def test_submit_uploads_the_files_of_tasks(run, service, tmp_path):
     sums, capitals = tmp_path / "sums.jsonl", tmp_path / "of:all.jsonl"
     for path in (sums, capitals):
