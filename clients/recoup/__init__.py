@@ -29,6 +29,7 @@ from recoup.schemas import (
     CreateDiagnosis,
     CreateRecovery,
     Diagnosis,
+    DryRun,
     Event,
     File,
     Recovery,
@@ -36,7 +37,8 @@ from recoup.schemas import (
 )
 
 if TYPE_CHECKING:
-    from recoup.client import Client
+    from recoup._flow import RawResponse
+    from recoup.client import AsyncClient, Client
 
 __version__ = "0.1.0"
 
@@ -46,6 +48,7 @@ __all__ = [
     "APITimeoutError",
     "Alignment",
     "Artifact",
+    "AsyncClient",
     "AuthenticationError",
     "BadRequestError",
     "Capabilities",
@@ -55,6 +58,7 @@ __all__ = [
     "CreateDiagnosis",
     "CreateRecovery",
     "Diagnosis",
+    "DryRun",
     "Event",
     "File",
     "InternalServerError",
@@ -64,6 +68,7 @@ __all__ = [
     "NotFoundError",
     "PermissionDeniedError",
     "RateLimitError",
+    "RawResponse",
     "RecoupError",
     "Recovery",
     "Report",
@@ -74,9 +79,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`Client` is loaded at its first use: the service imports this package for its schemas alone."""
-    if name == "Client":
-        from recoup.client import Client
+    """Clients are loaded at their first use: the service imports this package for its schemas alone."""
+    if name in {"AsyncClient", "Client"}:
+        from recoup import client
 
-        return Client
+        return getattr(client, name)
+    if name == "RawResponse":
+        from recoup._flow import RawResponse
+
+        return RawResponse
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,16 +1,21 @@
 """Every endpoint as a value: method, path, query, body, and how to read the answer. No I/O.
 
-A client only sends these, so that a synchronous and an asynchronous one cannot drift
-apart. An id is checked against its grammar before it becomes part of a path, and an
-artifact's path is escaped segment by segment: no argument can address another route.
+These descriptions are the clients' methods: `recoveries.py`, `diagnoses.py` and `files.py`
+bind them by name, and signature and docstring are those written here. An id is checked against its
+grammar before it becomes part of a path, and an artifact's path is escaped segment by
+segment: no argument can address another route. Methods that take an id raise
+InvalidArgumentError on what is none, NotFoundError on one that the server does not know.
 """
+
+from __future__ import annotations  # Page[…] in a signature would build that model at import
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from os import PathLike
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 from urllib.parse import quote
 
 from pydantic import BaseModel
@@ -24,19 +29,21 @@ from recoup.schemas import (
     CreateDiagnosis,
     CreateRecovery,
     Diagnosis,
+    DryRun,
     Event,
     File,
+    ModelRef,
     Page,
     Recovery,
     Report,
+    State,
 )
 
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 
 
-@dataclass(frozen=True)
-class Upload:
+class Upload(NamedTuple):
     """A local file that travels as a form."""
 
     path: Path
@@ -56,137 +63,269 @@ class Call(Generic[T]):
     json: Any = None
     upload: Upload | None = None
     hold: float = 0.0
-    """Seconds for which the server may rightly stay silent (a long poll)."""
+    """Seconds for which the server may rightly stay silent (a long poll, a stream of events)."""
+
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether sending it twice does no more than sending it once."""
+        return self.method != "POST" or self.key is not None
+
+    @property
+    def key(self) -> str | None:
+        """Its `Idempotency-Key`."""
+        return dict(self.headers).get("Idempotency-Key")
 
 
-def create_recovery(request: CreateRecovery) -> Call[Recovery]:
-    """Only what the caller set is sent: defaults stay the server's."""
-    body = request.model_dump(mode="json", exclude_unset=True)
-    return Call("POST", "/v1/recoveries", _reader(Recovery), json=body)
+def create_recovery(
+    request: CreateRecovery | None = None,
+    *,
+    student: str | dict[str, Any] | ModelRef | None = None,
+    teacher: str | dict[str, Any] | ModelRef | None = None,
+    idempotency_key: str | None = None,
+    **fields: Any,
+) -> Call[Recovery]:
+    """Submit a recovery, either a ready `request` or its fields; a bare str names a model's source.
+
+    The same `idempotency_key` again, even from another process, is answered with the same job.
+    Raises pydantic's ValidationError, or InvalidArgumentError on a key, before anything is sent.
+    """
+    body = _request_body(request, student, teacher, fields)
+    call = Call("POST", "/v1/recoveries", _reader(Recovery), json=body)
+    if idempotency_key is None:
+        return call
+    if not _KEY.fullmatch(idempotency_key):
+        raise InvalidArgumentError("An idempotency key has 1 to 255 printable ASCII characters, no space.")
+    return replace(call, headers=(*call.headers, ("Idempotency-Key", idempotency_key)))
+
+
+def dry_run(
+    *,
+    student: str | dict[str, Any] | ModelRef | None = None,
+    teacher: str | dict[str, Any] | ModelRef | None = None,
+    **fields: Any,
+) -> Call[DryRun]:
+    """What a recovery of these fields would do and cost, and what preflight finds; nothing is queued.
+
+    Raises UnprocessableEntityError where the recovery itself would be refused.
+    """
+    body = _request_body(None, student, teacher, fields)
+    return Call("POST", "/v1/recoveries", _reader(DryRun), query=_query(dry_run="true"), json=body)
 
 
 def get_recovery(id: str) -> Call[Recovery]:
+    """The job as it stands."""
     return Call("GET", _recovery(id), _reader(Recovery))
 
 
 def await_change(seen: Recovery, wait: int) -> Call[Recovery | None]:
     """The recovery as soon as it differs from what was seen, or None after `wait` seconds."""
-    condition = ("If-None-Match", f'"{seen.version}"')
-    return Call(
-        "GET",
-        _recovery(seen.id),
-        _recovery_unless_empty,
-        query=_query(wait=wait),
-        headers=(("Accept", "application/json"), condition),
-        hold=float(wait),
-    )
+    return _poll(_recovery(seen.id), Recovery, seen.version, wait)
 
 
-def list_recoveries(after: str | None, limit: int | None) -> Call[Page[Recovery]]:
-    return Call("GET", "/v1/recoveries", _reader(Page[Recovery]), query=_query(after=after, limit=limit))
+def list_recoveries(
+    after: str | None = None, limit: int | None = None, *, state: State | None = None
+) -> Call[Page[Recovery]]:
+    """All jobs, or those in this state, newest first; `limit` is the size of a page.
+
+    Pages are fetched as they are asked for.
+    """
+    query = _query(after=after, limit=limit, state=state)
+    return Call("GET", "/v1/recoveries", _page_reader(Recovery), query=query)
 
 
 def cancel_recovery(id: str) -> Call[Recovery]:
+    """Ask the job to stop. Raises ConflictError once it has ended."""
     return Call("POST", f"{_recovery(id)}/cancel", _reader(Recovery))
 
 
 def pause_recovery(id: str) -> Call[Recovery]:
+    """Ask the job to give its device back and to wait. Raises ConflictError where it cannot."""
     return Call("POST", f"{_recovery(id)}/pause", _reader(Recovery))
 
 
 def resume_recovery(id: str) -> Call[Recovery]:
+    """Let a paused job go on. Raises ConflictError if it is not paused."""
     return Call("POST", f"{_recovery(id)}/resume", _reader(Recovery))
 
 
 def retry_recovery(id: str) -> Call[Recovery]:
-    """The answer is a new recovery."""
+    """A new job that repeats one which failed or was cancelled, and takes over the stages it had committed.
+
+    Raises ConflictError where the job's state does not allow it.
+    """
     return Call("POST", f"{_recovery(id)}/retry", _reader(Recovery))
 
 
-def change_recovery(id: str, changes: ChangeRecovery) -> Call[Recovery]:
-    body = changes.model_dump(mode="json", exclude_unset=True)
-    return Call("PATCH", _recovery(id), _reader(Recovery), json=body)
+def change_recovery(
+    id: str, *, priority: int | None = None, metadata: dict[str, str] | None = None
+) -> Call[Recovery]:
+    """Another priority, other metadata (all pairs); what is None stays as it is."""
+    given = {"priority": priority, "metadata": metadata}
+    changes = ChangeRecovery.model_validate(
+        {name: value for name, value in given.items() if value is not None}
+    )
+    return Call(
+        "PATCH", _recovery(id), _reader(Recovery), json=changes.model_dump(mode="json", exclude_unset=True)
+    )
 
 
-def list_events(id: str, after: str | None) -> Call[Page[Event]]:
-    """`after`: the `seq` of an event, which is also the cursor of these pages."""
-    return Call("GET", f"{_recovery(id)}/events", _reader(Page[Event]), query=_query(after=after))
+def list_events(id: str, after: int = 0) -> Call[Page[Event]]:
+    """The events so far whose `seq` is greater than `after`."""
+    return Call("GET", f"{_recovery(id)}/events", _page_reader(Event), query=_query(after=after))
+
+
+def stream_events(id: str, after: int = 0) -> Call[bytes]:
+    """The events after the one with this `seq`, as server-sent events; a comment comes every 15 seconds."""
+    headers = (("Accept", "text/event-stream"), ("Cache-Control", "no-store"))
+    last = (("Last-Event-ID", str(after)),) if after else ()
+    return Call("GET", f"{_recovery(id)}/events", bytes, headers=headers + last, hold=STREAM_SILENCE)
 
 
 def get_report(id: str) -> Call[Report]:
+    """What was measured, and the verdict. Raises ConflictError while the job runs."""
     return Call("GET", f"{_recovery(id)}/report", _reader(Report))
 
 
 def get_report_html(id: str) -> Call[str]:
+    """The report as one self-contained page."""
     return Call("GET", f"{_recovery(id)}/report", _text, headers=(("Accept", "text/html"),))
 
 
 def get_alignment(id: str) -> Call[Alignment]:
+    """CKA of the student's layers with the teacher's, before and after."""
     return Call("GET", f"{_recovery(id)}/alignment", _reader(Alignment))
 
 
 def get_recipe(id: str) -> Call[str]:
+    """A Python script that repeats the training with transformers and peft alone.
+
+    Raises NotFoundError where nothing was trained.
+    """
     return Call("GET", f"{_recovery(id)}/recipe", _text, headers=(("Accept", "text/x-python"),))
 
 
-def list_artifacts(id: str, after: str | None) -> Call[Page[Artifact]]:
-    return Call("GET", f"{_recovery(id)}/artifacts", _reader(Page[Artifact]), query=_query(after=after))
+def list_artifacts(id: str, after: str | None = None) -> Call[Page[Artifact]]:
+    """The manifest: path, size and SHA-256 of each file that the job produced."""
+    return Call("GET", f"{_recovery(id)}/artifacts", _page_reader(Artifact), query=_query(after=after))
 
 
-def get_artifact(id: str, path: str) -> Call[bytes]:
-    """The content of one artifact, to be streamed rather than parsed."""
+def get_artifact(id: str, path: str, start: int = 0) -> Call[bytes]:
+    """The content of one artifact from byte `start` on, as it is stored."""
     escaped = "/".join(quote(segment, safe="") for segment in path.split("/"))
-    return Call("GET", f"{_recovery(id)}/artifacts/{escaped}", bytes, headers=(("Accept", "*/*"),))
+    headers = (("Accept", "*/*"), ("Accept-Encoding", "identity"))
+    rest = (("Range", f"bytes={start}-"),) if start else ()
+    return Call("GET", f"{_recovery(id)}/artifacts/{escaped}", bytes, headers=headers + rest)
 
 
-def create_diagnosis(request: CreateDiagnosis) -> Call[Diagnosis]:
-    """Only what the caller set is sent: defaults stay the server's."""
+def create_diagnosis(
+    *, student: str | dict[str, Any] | ModelRef, teacher: str | dict[str, Any] | ModelRef, **fields: Any
+) -> Call[Diagnosis]:
+    """Submit a diagnosis by the fields of `CreateDiagnosis`; a bare str names a model's source.
+
+    Raises pydantic's ValidationError before anything is sent.
+    """
+    models = {"student": _model(student), "teacher": _model(teacher)}
+    request = CreateDiagnosis.model_validate(models | fields)
     body = request.model_dump(mode="json", exclude_unset=True)
     return Call("POST", "/v1/diagnoses", _reader(Diagnosis), json=body)
 
 
 def get_diagnosis(id: str) -> Call[Diagnosis]:
+    """The job as it stands, with its report once it succeeded."""
     return Call("GET", _diagnosis(id), _reader(Diagnosis))
 
 
 def await_diagnosis(seen: Diagnosis, wait: int) -> Call[Diagnosis | None]:
     """The diagnosis as soon as it differs from what was seen, or None after `wait` seconds."""
-    condition = ("If-None-Match", f'"{seen.version}"')
-    return Call(
-        "GET",
-        _diagnosis(seen.id),
-        _diagnosis_unless_empty,
-        query=_query(wait=wait),
-        headers=(("Accept", "application/json"), condition),
-        hold=float(wait),
-    )
+    return _poll(_diagnosis(seen.id), Diagnosis, seen.version, wait)
 
 
 def cancel_diagnosis(id: str) -> Call[Diagnosis]:
+    """Ask the job to stop. Raises ConflictError once it has ended."""
     return Call("POST", f"{_diagnosis(id)}/cancel", _reader(Diagnosis))
 
 
-def create_file(path: Path, purpose: str) -> Call[File]:
-    return Call("POST", "/v1/files", _reader(File), upload=Upload(path, purpose))
+def list_diagnosis_events(id: str, after: int = 0) -> Call[Page[Event]]:
+    """The events so far whose `seq` is greater than `after`."""
+    return Call("GET", f"{_diagnosis(id)}/events", _page_reader(Event), query=_query(after=after))
 
 
-def list_files(after: str | None, limit: int | None) -> Call[Page[File]]:
-    return Call("GET", "/v1/files", _reader(Page[File]), query=_query(after=after, limit=limit))
+def get_diagnosis_alignment(id: str) -> Call[Alignment]:
+    """CKA of the student's layers with the teacher's, with ceiling and floor, and no `after`."""
+    return Call("GET", f"{_diagnosis(id)}/alignment", _reader(Alignment))
+
+
+def create_file(path: str | PathLike[str], purpose: str = "recovery") -> Call[File]:
+    """Upload a JSONL file; the server checks it line by line.
+
+    Raises UnprocessableEntityError naming the lines that cannot be used, OSError if
+    the file cannot be read.
+    """
+    return Call("POST", "/v1/files", _reader(File), upload=Upload(Path(path), purpose))
+
+
+def list_files(after: str | None = None, limit: int | None = None) -> Call[Page[File]]:
+    """All files, newest first, fetched page by page as they are asked for; `limit` is the size of a page."""
+    return Call("GET", "/v1/files", _page_reader(File), query=_query(after=after, limit=limit))
 
 
 def get_file(id: str) -> Call[File]:
+    """One file's description."""
     return Call("GET", _file(id), _reader(File))
 
 
+def get_file_content(id: str) -> Call[bytes]:
+    """The file's bytes, as they were uploaded."""
+    return Call("GET", f"{_file(id)}/content", bytes, headers=(("Accept", "*/*"),))
+
+
 def delete_file(id: str) -> Call[None]:
+    """Remove a file. Raises ConflictError while a recovery that has not ended names it."""
     return Call("DELETE", _file(id), _nothing)
 
 
 def get_capabilities() -> Call[Capabilities]:
+    """What this installation can do."""
     return Call("GET", "/v1/capabilities", _reader(Capabilities))
 
 
+def get_readiness() -> Call[None]:
+    """Nothing, where the server is ready to work. Raises InternalServerError (503) where it is not."""
+    return Call("GET", "/readyz", _nothing)
+
+
+def next_page(call: Call[Page[T]], page: Page[T]) -> Call[Page[T]] | None:
+    """The call for what follows a page, or None after the last one."""
+    if not page.has_more or page.next_cursor is None:
+        return None
+    kept = tuple(pair for pair in call.query if pair[0] != "after")
+    return replace(call, query=(*kept, ("after", page.next_cursor)))
+
+
+STREAM_SILENCE = 30.0
+"""Seconds for which a stream may be silent, beyond a client's timeout."""
+
+_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
+
+
+def _request_body(
+    request: CreateRecovery | None,
+    student: str | dict[str, Any] | ModelRef | None,
+    teacher: str | dict[str, Any] | ModelRef | None,
+    fields: dict[str, Any],
+) -> Any:
+    """Only what the caller set is sent: defaults stay the server's."""
+    if request is None:
+        models = {"student": _model(student), "teacher": _model(teacher)}
+        request = CreateRecovery.model_validate(models | fields)
+    elif fields or student is not None or teacher is not None:
+        raise TypeError("create() takes a request or its fields, not both.")
+    return request.model_dump(mode="json", exclude_unset=True)
+
+
+def _model(model: str | dict[str, Any] | ModelRef | None) -> Any:
+    return {"source": model} if isinstance(model, str) else model
 
 
 def _recovery(id: str) -> str:
@@ -211,6 +350,19 @@ def _query(**values: str | int | None) -> tuple[tuple[str, str], ...]:
     return tuple((name, str(value)) for name, value in values.items() if value is not None)
 
 
+def _poll(path: str, model: type[M], version: int, wait: int) -> Call[M | None]:
+    """Held by the server until the job has another version, at most for `wait` seconds."""
+    condition = ("If-None-Match", f'"{version}"')
+    return Call(
+        "GET",
+        path,
+        partial(_read_unless_empty, model),
+        query=_query(wait=wait),
+        headers=(("Accept", "application/json"), condition),
+        hold=float(wait),
+    )
+
+
 def _reader(model: type[M]) -> Callable[[bytes], M]:
     return partial(_read, model)
 
@@ -219,12 +371,17 @@ def _read(model: type[M], body: bytes) -> M:
     return model.model_validate_json(body)
 
 
-def _recovery_unless_empty(body: bytes) -> Recovery | None:
-    return Recovery.model_validate_json(body) if body else None
+def _page_reader(item: type[M]) -> Callable[[bytes], Page[M]]:
+    return partial(_read_page, item)
 
 
-def _diagnosis_unless_empty(body: bytes) -> Diagnosis | None:
-    return Diagnosis.model_validate_json(body) if body else None
+def _read_page(item: type[M], body: bytes) -> Page[M]:
+    """The page's model is made here, at its first use."""
+    return Page[item].model_validate_json(body)  # type: ignore[valid-type]
+
+
+def _read_unless_empty(model: type[M], body: bytes) -> M | None:
+    return model.model_validate_json(body) if body else None
 
 
 def _text(body: bytes) -> str:

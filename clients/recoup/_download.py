@@ -1,16 +1,37 @@
 """A job's artifacts as files of a folder: complete and verified, or not there.
 
-A file is written aside, compared with the size and SHA-256 of its manifest entry, and
-only then renamed to its place. A file that is already there with that hash is not
-fetched again, so a download that broke off is resumed by starting it again.
+A file is written aside, compared with the size and SHA-256 of its manifest entry, and only
+then renamed to its place. A file that is already there with that hash is not fetched again.
+What was written when a connection broke stays aside, under a name that holds the hash it
+shall have; the rest is asked for by `Range`, in the same download or in the next one.
 """
 
+from __future__ import annotations
+
 import hashlib
-from collections.abc import Iterable
+from functools import partial
+from os import PathLike
 from pathlib import Path, PurePosixPath
 
-from recoup.errors import ChecksumError, UnsafePathError
+from recoup import _calls
+from recoup._flow import Flow, Head, Read, Run, Sleep, Unanswered
+from recoup._follow import PATIENCE, Outage, everything
+from recoup._sending import opened
+from recoup.errors import APIStatusError, ChecksumError, UnsafePathError
 from recoup.schemas import Artifact
+
+
+def download(id: str, folder: str | PathLike[str]) -> Flow[list[Path]]:
+    """Fetch all artifacts into the folder and verify each; files that are already right stay.
+
+    Outlives broken connections and a restart of the server. Raises UnsafePathError before
+    anything is written, ChecksumError on a file that did not arrive as its manifest says.
+    """
+    artifacts = yield from everything(_calls.list_artifacts(id))
+    targets = [place(Path(folder), artifact) for artifact in artifacts]
+    for artifact, target in zip(artifacts, targets, strict=True):
+        yield from _fetch(id, artifact, target)
+    return targets
 
 
 def place(folder: Path, artifact: Artifact) -> Path:
@@ -35,28 +56,42 @@ def is_complete(target: Path, artifact: Artifact) -> bool:
         return hashlib.file_digest(content, "sha256").hexdigest() == artifact.sha256
 
 
-def save(chunks: Iterable[bytes], target: Path, artifact: Artifact) -> Path:
-    """Write the chunks to the target. Raises ChecksumError, keeping nothing, if they are not the artifact."""
+def _fetch(id: str, artifact: Artifact, target: Path) -> Flow[None]:
+    """One file into its place. A part that was left behind and turns out wrong is not trusted twice."""
+    if (yield Run(partial(is_complete, target, artifact))):
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.part")
-    aside.unlink(missing_ok=True)
-    try:
-        _write(chunks, aside, artifact.size)
-        if not is_complete(aside, artifact):
-            raise ChecksumError(
-                f"{artifact.path} did not arrive as the manifest describes it "
-                f"({artifact.size} bytes, sha256 {artifact.sha256}); it was not kept."
-            )
-        return aside.replace(target)
-    finally:
-        aside.unlink(missing_ok=True)
+    aside = target.with_name(f".{target.name}.{artifact.sha256[:12]}.part")
+    for _ in range(2 if aside.exists() else 1):
+        yield from _fill(id, artifact, aside)
+        if (yield Run(partial(is_complete, aside, artifact))):
+            aside.replace(target)
+            return
+        aside.unlink()
+    raise ChecksumError(
+        f"{artifact.path} did not arrive as the manifest describes it "
+        f"({artifact.size} bytes, sha256 {artifact.sha256}); it was not kept."
+    )
 
 
-def _write(chunks: Iterable[bytes], path: Path, size: int) -> None:
-    """Write the chunks, but stop once they are more than they may be."""
-    written = 0
-    with path.open("xb") as file:
-        for chunk in chunks:
-            written += file.write(chunk)
-            if written > size:
+def _fill(id: str, artifact: Artifact, aside: Path) -> Flow[None]:
+    """Append what is missing, through broken connections."""
+    outage = Outage(patience=PATIENCE)
+    aside.touch()
+    while (start := aside.stat().st_size) < artifact.size:
+        try:
+            head = yield from opened(_calls.get_artifact(id, artifact.path, start))
+            yield from _append(head, aside, artifact.size, outage)
+            return
+        except (Unanswered, APIStatusError) as failed:
+            yield Sleep(outage.pause(failed))
+
+
+def _append(head: Head, aside: Path, size: int, outage: Outage) -> Flow[None]:
+    """Write what comes, but stop once it is more than it may be."""
+    with aside.open("ab" if head.status == 206 else "wb") as file:
+        while chunk := (yield Read()):
+            outage.over()
+            file.write(chunk)
+            if file.tell() > size:
                 return

@@ -1,25 +1,51 @@
 """Following a job to its end, through restarts of the server.
 
-A job is followed by long polls: `GET …?wait=20` with the version last seen answers as
-soon as anything changed. Between two answers the server may be restarted; a follower
-therefore outlives an outage of up to `PATIENCE`. Only the first call, which would show
-a wrong address, fails at once.
+Two ways, for two questions. *Is it over?* (`wait`) asks by long polls: `GET …?wait=20` with
+the version last seen answers as soon as anything changed. *What happens?* (`events`) reads
+the stream of server-sent events; each carries its `seq` as id, and a stream that breaks is
+opened again with `Last-Event-ID`, so that none is missed and none comes twice.
+
+Between two answers the server may be restarted: a follower outlives an outage of up to
+`PATIENCE`. Only the first call, which would show a wrong address, fails soon.
 """
 
-import random
-import time
-from collections.abc import Callable, Iterator
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
+
+from pydantic import ValidationError
 
 from recoup import _calls, _retry
 from recoup._calls import Call
-from recoup._sender import Sender, pages
-from recoup.errors import APIConnectionError, APIStatusError, RecoupError
-from recoup.schemas import Event, Recovery
-from recoup.schemas.recovery import TERMINAL_STATES
+from recoup._flow import (
+    WORLD,
+    Callback,
+    Emit,
+    Flow,
+    Read,
+    Sleep,
+    Tell,
+    Unanswered,
+    World,
+    send,
+)
+from recoup._sending import opened, reason
+from recoup._sse import Decoder, Frame
+from recoup.errors import (
+    APIConnectionError,
+    APIStatusError,
+    InvalidAnswerError,
+    JobFailedError,
+    WaitTimeoutError,
+)
+from recoup.schemas import TERMINAL_STATES, Diagnosis, Event, Page, Progress, Recovery
 
 T = TypeVar("T")
+J = TypeVar("J", Recovery, Diagnosis)
 
 PATIENCE = 120.0
 """Seconds without any answer after which a follower gives up."""
@@ -29,46 +55,164 @@ PAUSE = 0.1
 """Seconds between polls, so that a job that changes all the time does not fill the line."""
 
 
-@dataclass(frozen=True)
-class Follower:
-    """Sends calls for as long as an outage may last."""
-
-    sender: Sender
-    sleep: Callable[[float], None] = time.sleep
-    clock: Callable[[], float] = time.monotonic
-    jitter: Callable[[], float] = random.random
-
-    def states(self, id: str, remaining: Callable[[], float]) -> Iterator[Recovery]:
-        """The job now, and again after each poll, up to its terminal state.
-
-        No poll is held for longer than `remaining()` seconds.
-        """
-        recovery = self.sender.send(_calls.get_recovery(id))
-        yield recovery
-        while recovery.state not in TERMINAL_STATES:
-            self.sleep(PAUSE)
-            wait = int(max(0.0, min(LONG_POLL, remaining())))
-            recovery = self._send(_calls.await_change(recovery, wait)) or recovery
-            yield recovery
-
-    def events(self, id: str, after: int) -> Iterator[Event]:
-        """The events so far whose `seq` is greater than `after`."""
-        return pages(lambda cursor: self._send(_calls.list_events(id, cursor)), str(after))
-
-    def _send(self, call: Call[T]) -> T:
-        started = self.clock()
-        attempt = 0
-        while True:
-            attempt += 1
-            try:
-                return self.sender.send(call)
-            except RecoupError as error:
-                if not _is_outage(error) or self.clock() - started > PATIENCE + call.hold:
-                    raise
-                self.sleep(_retry.delay(attempt, self.jitter()))
+def pages(call: Call[Page[T]]) -> Flow[None]:
+    """Emits the items of this page and of all that follow; a page is fetched when it is needed."""
+    following: Call[Page[T]] | None = call
+    while following is not None:
+        page = yield from send(following)
+        for item in page.data:
+            yield Emit(item)
+        following = _calls.next_page(following, page)
 
 
-def _is_outage(error: RecoupError) -> bool:
-    if isinstance(error, APIStatusError):
-        return error.status in _retry.RETRIED_STATUSES
-    return isinstance(error, APIConnectionError)
+def everything(call: Call[Page[T]]) -> Flow[list[T]]:
+    """The items of this page and of all that follow, through outages."""
+    items: list[T] = []
+    following: Call[Page[T]] | None = call
+    while following is not None:
+        page = yield from _patiently(following)
+        items += page.data
+        following = _calls.next_page(following, page)
+    return items
+
+
+def wait(
+    id: str,
+    timeout: float | None = None,
+    on_progress: Callback[Progress] | None = None,
+    on_event: Callback[Event] | None = None,
+) -> Flow[Recovery]:
+    """The job once it has ended `succeeded` or `cancelled`. Outlives a restart of the server.
+
+    Raises JobFailedError if it ended `failed`, WaitTimeoutError after `timeout` seconds
+    (the job goes on). The callbacks get the progress at each change and each event once.
+    """
+    first, history = _calls.get_recovery(id), partial(_calls.list_events, id)
+    return (yield from _ended(first, _calls.await_change, history, timeout, on_progress, on_event))
+
+
+def wait_for_diagnosis(
+    id: str,
+    timeout: float | None = None,
+    on_progress: Callback[Progress] | None = None,
+    on_event: Callback[Event] | None = None,
+) -> Flow[Diagnosis]:
+    """The job once it has ended `succeeded` (with a report) or `cancelled`. Outlives a restart of the server.
+
+    Raises JobFailedError if it ended `failed`, WaitTimeoutError after `timeout` seconds
+    (the job goes on). The callbacks get the progress at each change and each event once.
+    """
+    first, history = _calls.get_diagnosis(id), partial(_calls.list_diagnosis_events, id)
+    return (yield from _ended(first, _calls.await_diagnosis, history, timeout, on_progress, on_event))
+
+
+def events(id: str, after: int = 0) -> Flow[None]:
+    """The job's events whose `seq` is greater than `after`: those so far, then each as it comes.
+
+    Ends with the job. Outlives a restart of the server; no event is missed, none comes twice.
+    """
+    outage = Outage()
+    while True:
+        try:
+            head = yield from opened(_calls.stream_events(id, after))
+            if not head.headers.get("content-type", "").startswith("text/event-stream"):
+                raise InvalidAnswerError(f"The server answered with no stream when asked for events of {id}.")
+            decoder = Decoder()
+            while chunk := (yield Read()):
+                outage.over()
+                for frame in decoder.feed(chunk):
+                    if frame.event == "end":
+                        return
+                    if (event := _new_event(frame, after)) is not None:
+                        after = event.seq
+                        yield Emit(event)
+            raise Unanswered(APIConnectionError("The stream of events broke off."), sent=True)
+        except (Unanswered, APIStatusError) as failed:
+            yield Sleep(outage.pause(failed))
+
+
+@dataclass
+class Outage:
+    """How long nothing has come, and how long to wait before the next try."""
+
+    patience: float = 0.0
+    """Seconds; none before the first answer, so that a wrong address shows at once."""
+    attempts: int = 0
+    since: float | None = None
+    world: World = WORLD
+
+    def over(self) -> None:
+        """Something came."""
+        self.patience, self.attempts, self.since = PATIENCE, 0, None
+
+    def pause(self, failed: Unanswered | APIStatusError) -> float:
+        """Seconds until the next try. Raises the error if this is no outage, or has lasted too long."""
+        error, failure = reason(failed)
+        self.since = self.world.clock() if self.since is None else self.since
+        self.attempts += 1
+        lasted = self.world.clock() - self.since
+        patient = lasted < self.patience or self.attempts <= FIRST_TRIES
+        if not patient or not _retry.is_worth_another_try(True, failure):
+            raise error
+        return _retry.delay(self.attempts, self.world.jitter(), failure.retry_after)
+
+
+FIRST_TRIES = 2
+"""Failed tries of a follower that has not been answered yet."""
+
+
+def _ended(
+    first: Call[J],
+    change: Callable[[J, int], Call[J | None]],
+    history: Callable[[int], Call[Page[Event]]],
+    timeout: float | None,
+    on_progress: Callback[Progress] | None,
+    on_event: Callback[Event] | None,
+) -> Flow[J]:
+    """The job as it ended: asked for once, then whenever it has changed."""
+    deadline = math.inf if timeout is None else WORLD.clock() + timeout
+    seen, progress = 0, None
+    job = yield from send(first)
+    while True:
+        if on_progress and job.progress and job.progress != progress:
+            progress = job.progress
+            yield Tell(on_progress, progress)
+        if on_event:
+            for event in (yield from everything(history(seen))):
+                seen = event.seq
+                yield Tell(on_event, event)
+        if job.state in TERMINAL_STATES:
+            return _unless_failed(job)
+        if WORLD.clock() >= deadline:
+            raise WaitTimeoutError(job)
+        yield Sleep(PAUSE)
+        held = int(max(0.0, min(LONG_POLL, deadline - WORLD.clock())))
+        job = (yield from _patiently(change(job, held))) or job
+
+
+def _patiently(call: Call[T]) -> Flow[T]:
+    """The answer, through an outage: whoever called before had an answer."""
+    outage = Outage(patience=PATIENCE + call.hold)
+    while True:
+        try:
+            return (yield from send(call))
+        except APIConnectionError as error:
+            yield Sleep(outage.pause(Unanswered(error, sent=True)))
+        except APIStatusError as error:
+            yield Sleep(outage.pause(error))
+
+
+def _new_event(frame: Frame, after: int) -> Event | None:
+    """The event of a frame, if it is a part of the job's history and not a repetition."""
+    if not frame.id.isdecimal() or int(frame.id) <= after:
+        return None
+    try:
+        return Event.model_validate_json(frame.data)
+    except ValidationError as error:
+        raise InvalidAnswerError(f"The server sent an event that this client cannot read: {frame}") from error
+
+
+def _unless_failed(job: J) -> J:
+    if job.state == "failed":
+        raise JobFailedError(job)
+    return job

@@ -19,10 +19,14 @@ from recoup.schemas import (
     Cost,
     DamageReport,
     DiagnosisReport,
+    DryRun,
     Estimate,
+    File,
     Measure,
+    OutputForm,
     Recovery,
     Report,
+    Sample,
     TrainingReport,
 )
 
@@ -34,7 +38,7 @@ def print_verdict(report: Report, console: Console) -> None:
     for line in verdict_lines(report):
         console.print(Text(line), soft_wrap=True)
     console.print(verdict_table(report))
-    for line in trajectory_lines(report.training):
+    for line in (*form_lines(report.forms), *trajectory_lines(report.training)):
         console.print(Text(line), soft_wrap=True)
     for remark in report.remarks:
         console.print(Text(f"note: {clean(remark)}"), soft_wrap=True)
@@ -98,6 +102,15 @@ def _layers_table(damage: DamageReport, alignment: Alignment) -> Table:
     return table
 
 
+def form_lines(forms: Sequence[OutputForm]) -> list[str]:
+    """What each form of a packed student's recovery would be worth, and how large it is."""
+    return [
+        f"as {form.form}: recovered {_estimate(form.recovered)}, {form.bytes / 2**20:,.1f} MiB"
+        f"{', handed over' if form.handed_over else ''}"
+        for form in forms
+    ]
+
+
 def trajectory_lines(training: TrainingReport | None) -> list[str]:
     """How alignment went with recovery along the training, where that was measured."""
     found = training.trajectory.correlations if training and training.trajectory else []
@@ -127,8 +140,54 @@ def jobs_table(recoveries: Sequence[Recovery]) -> Table:
     table = Table("id", "state", "stage", "outcome", "student", "created")
     for job in recoveries:
         id, student = Text(clean(job.id)), Text(clean(job.request.student.source))
-        table.add_row(id, job.state, job.stage, job.outcome, student, _moment(job.created_at))
+        table.add_row(id, state(job), job.stage, job.outcome, student, _moment(job.created_at))
     return table
+
+
+def dry_run_lines(found: DryRun) -> list[str]:
+    """What would be done, what it would cost, and what preflight says."""
+    cost = found.estimate
+    return [
+        *(clean(f"{choice.name}: {choice.value} ({choice.why})") for choice in found.plan),
+        f"estimate: {span(cost.seconds)}, {cost.tokens:,} tokens, "
+        f"{cost.memory_bytes / 2**30:.1f} GiB of memory, {cost.disk_bytes / 2**30:.1f} GiB of disk",
+        *(clean(f"note: {item.pointer or '/'}: {item.message}") for item in found.findings),
+    ]
+
+
+def files_table(files: Sequence[File]) -> Table:
+    """One row a data set."""
+    table = Table("id", "name", "purpose", "rows", "bytes", "created")
+    for file in files:
+        id, name, purpose = (Text(clean(text)) for text in (file.id, file.filename, file.purpose))
+        table.add_row(id, name, purpose, f"{file.rows:,}", f"{file.bytes:,}", _moment(file.created_at))
+    return table
+
+
+def file_lines(file: File) -> list[str]:
+    """One data set, a line a fact."""
+    facts = {
+        "id": file.id,
+        "name": clean(file.filename),
+        "purpose": clean(file.purpose),
+        "rows": file.rows,
+        "bytes": file.bytes,
+        "sha256": file.sha256,
+        "created": _moment(file.created_at),
+    }
+    return [f"{name}: {value}" for name, value in facts.items()]
+
+
+def sample_lines(sample: Sample) -> list[str]:
+    """One prompt, and what teacher and student answer to it."""
+    answers = {
+        "prompt": sample.prompt,
+        "teacher": sample.teacher,
+        "before": sample.before,
+        "after": sample.after,
+    }
+    said = [f"{name + ':':<9}{_indented(text)}" for name, text in answers.items() if text is not None]
+    return [f"[{clean(sample.kind)}]", *said]
 
 
 def job_lines(job: Recovery) -> list[str]:
@@ -136,11 +195,14 @@ def job_lines(job: Recovery) -> list[str]:
     progress = job.progress and f"{job.progress.done}/{job.progress.total} {clean(job.progress.unit)}"
     facts = {
         "id": job.id,
-        "state": job.state,
+        "state": state(job),
         "stage": job.stage,
         "progress": progress,
         "outcome": job.outcome,
         "error": job.error and clean(f"{job.error.message} ({job.error.code})"),
+        "retry of": job.retry_of and clean(job.retry_of),
+        "failures": job.failures,
+        "losses": job.losses,
         "student": clean(job.request.student.source),
         "teacher": clean(job.request.teacher.source),
         "created": _moment(job.created_at),
@@ -148,6 +210,15 @@ def job_lines(job: Recovery) -> list[str]:
         "finished": job.finished_at and _moment(job.finished_at),
     }
     return [f"{name}: {value}" for name, value in facts.items() if value]
+
+
+def state(job: Recovery) -> str:
+    """Its state, and whether it is about to pause."""
+    return f"{job.state}, pausing" if job.pausing else job.state
+
+
+def _indented(text: str) -> str:
+    return clean(text.strip()).replace("\n", "\n" + " " * 9)
 
 
 def validation_lines(error: ValidationError) -> list[str]:

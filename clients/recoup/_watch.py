@@ -1,16 +1,20 @@
-"""Watching a job: bars by stage on a terminal, plain lines elsewhere."""
+"""Watching a job: bars by stage on a terminal, plain lines elsewhere, with `--json` a line an event."""
 
 import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
+import typer
+from pydantic import BaseModel
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bars
 from rich.text import Text
 
-from recoup._render import clean, span
+from recoup import _session
+from recoup._render import clean, print_verdict, span
+from recoup.errors import JobFailedError
 from recoup.schemas import Event, Progress, Recovery
 
 if TYPE_CHECKING:
@@ -27,6 +31,20 @@ class View(Protocol):
         """The running stage got further."""
 
 
+def follow(client: "Client", id: str, json: bool) -> None:
+    """Show the job until it ends, then its verdict. Interrupting this leaves the job running."""
+    try:
+        recovery = _dumped(client, id) if json else watch(client, id, _session.console())
+    except KeyboardInterrupt:
+        typer.echo(f"\n{id} goes on; watch it again with: recoup watch {id}", err=True)
+        raise typer.Exit(130) from None
+    if recovery.state == "cancelled":
+        typer.echo(f"{id} was cancelled; `recoup retry {id}` runs it again.", err=True)
+        raise typer.Exit(1)
+    if not json:
+        print_verdict(client.recoveries.report(id), _session.console())
+
+
 def watch(client: "Client", id: str, console: Console) -> Recovery:
     """Show the job's progress on the console until it ends; the job as it ended.
 
@@ -40,6 +58,21 @@ def watch(client: "Client", id: str, console: Console) -> Recovery:
 
 def _wait(client: "Client", id: str, view: View) -> Recovery:
     return client.recoveries.wait(id, on_progress=view.progress, on_event=view.event)
+
+
+def _dumped(client: "Client", id: str) -> Recovery:
+    """Every event as a line of JSON, and the recovery as the last one."""
+
+    def say(value: BaseModel) -> None:
+        typer.echo(value.model_dump_json())
+
+    try:
+        recovery = client.recoveries.wait(id, on_event=say)
+    except JobFailedError as error:
+        say(error.recovery)
+        raise
+    say(recovery)
+    return recovery
 
 
 class BarView:
@@ -138,7 +171,7 @@ def count(progress: Progress) -> str:
 
 
 def figures(data: dict[str, Any]) -> str:
-    """The figures of a metric event that a watcher wants: `step 12, loss 0.42, KL 0.31`."""
-    names = {"step": "step", "loss": "loss", "kl": "KL"}
+    """The figures of a metric event that a watcher wants: `step 12, loss 0.42, KL 0.31, alignment 0.9`."""
+    names = {"step": "step", "loss": "loss", "kl": "KL", "alignment": "alignment"}
     known = [(name, data[key]) for key, name in names.items() if isinstance(data.get(key), int | float)]
     return ", ".join(f"{name} {value if name == 'step' else f'{value:.4f}'}" for name, value in known)

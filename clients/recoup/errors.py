@@ -4,7 +4,7 @@
     ├── InvalidArgumentError            an id, an address or a key that cannot be used; also a ValueError
     ├── APIConnectionError              no answer came
     │   └── APITimeoutError             no answer came in time
-    ├── APIStatusError                  the server answered no: .problem .status .code .request_id .errors
+    ├── APIStatusError                  the server answered no: .problem .status .code .errors .request_id …
     │   ├── BadRequestError             400
     │   ├── AuthenticationError         401
     │   ├── PermissionDeniedError       403
@@ -49,9 +49,11 @@ class APITimeoutError(APIConnectionError):
 class APIStatusError(RecoupError):
     """The server refused the request; `problem` is its answer in full."""
 
-    def __init__(self, problem: Problem) -> None:
-        super().__init__(problem)
+    def __init__(self, problem: Problem, retry_after: float | None = None) -> None:
+        super().__init__(problem, retry_after)
         self.problem = problem
+        self.retry_after = retry_after
+        """Seconds after which the server wants to be asked again, if it said so."""
 
     def __str__(self) -> str:
         request = f" [request {self.request_id}]" if self.request_id else ""
@@ -159,11 +161,10 @@ _BY_STATUS: dict[int, type[APIStatusError]] = {
 }
 
 
-def status_error(problem: Problem) -> APIStatusError:
+def status_error(problem: Problem, retry_after: float | None = None) -> APIStatusError:
     """The error of the tree that fits the problem's status."""
-    if problem.status >= 500:
-        return InternalServerError(problem)
-    return _BY_STATUS.get(problem.status, APIStatusError)(problem)
+    kind = InternalServerError if problem.status >= 500 else _BY_STATUS.get(problem.status, APIStatusError)
+    return kind(problem, retry_after)
 
 
 def problem_of(status: int, body: bytes, request_id: str) -> Problem:

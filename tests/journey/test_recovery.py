@@ -70,7 +70,7 @@ def test_a_killed_runner_is_followed_by_another_that_skips_what_is_committed(
     client: Client, submit: Submit
 ) -> None:
     id = submit(training=SMALL["training"] | {"steps": 400})
-    for event in client.recoveries.follow(id):
+    for event in client.recoveries.events(id):
         if event.type == "metric" and event.data["name"] == "train":
             break
     os.kill(_runner_of(id).pid, signal.SIGKILL)
@@ -85,7 +85,7 @@ def test_a_killed_runner_is_followed_by_another_that_skips_what_is_committed(
 
 def test_a_cancelled_recovery_ends_and_leaves_no_runner(client: Client, submit: Submit) -> None:
     id = submit(training=SMALL["training"] | {"steps": 100_000})
-    for event in client.recoveries.follow(id):
+    for event in client.recoveries.events(id):
         if event.type == "metric":
             break
     asked = time.monotonic()

@@ -1,13 +1,15 @@
 """A Recoup server of a few lines on loopback: it keeps jobs, moves them on, and can misbehave."""
 
+import asyncio
 import hashlib
+import inspect
 import json
 import socket
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from email import message_from_bytes
@@ -18,7 +20,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
-from recoup import Client
+from recoup import AsyncClient, Client
 from recoup.schemas import CreateRecovery, Report
 
 PAGE = 2
@@ -27,13 +29,17 @@ PAGE = 2
 
 @dataclass(frozen=True)
 class Fault:
-    """What one request gets instead of an answer; without a status the connection is dropped."""
+    """What one request gets instead of its answer; without a status the connection is dropped."""
 
     status: int | None = None
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b"<html>busy</html>"
     delay: float = 0.0
     """Seconds of silence before it."""
+    heard: bool = False
+    """Whether the request is carried out, and only its answer lost."""
+    cut: int | None = None
+    """The true answer, but only so many bytes of its body."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,12 @@ FAILURE = (
     ),
 )
 ENDLESS = (*RUN,)
+DRY_RUN = {
+    "object": "recovery.dry_run",
+    "plan": [{"name": "method", "value": "off_policy", "why": "the student was pruned"}],
+    "findings": [{"pointer": "/prompts", "code": "few_prompts", "message": "60 prompts are few"}],
+    "estimate": {"tokens": 12_000, "memory_bytes": 2**31, "disk_bytes": 2**29, "seconds": 200.0},
+}
 
 
 class FakeService:
@@ -93,12 +105,19 @@ class FakeService:
         self.jobs: dict[str, dict[str, Any]] = {}
         self.events: dict[str, list[dict[str, Any]]] = {}
         self.files: dict[str, dict[str, Any]] = {}
+        self.contents: dict[str, bytes] = {}
         self.artifacts = {"adapter/weights.safetensors": b"w" * 70_000, "report.json": b"{}"}
         self.sent_instead: dict[str, bytes] = {}
+        self.diagnoses: deque[tuple[int, bytes]] = deque()
+        """Status and body of each answer below `/v1/diagnoses`, in turn."""
         self.key: str | None = None
-        self.faults: deque[Fault] = deque()
+        self.knows_dry_runs = True
+        self.faults: deque[Fault | None] = deque()
+        self.tears: deque[int] = deque()
+        """After so many events a stream breaks in the middle of the next one; one number a stream."""
         self.seen: list[Request] = []
         self._moments: dict[str, deque[Moment]] = {}
+        self._answered: dict[str, tuple[int, bytes]] = {}
         self._lock = threading.Lock()
         self._live: set[socket.socket] = set()
         self._port = 0
@@ -131,15 +150,24 @@ class FakeService:
 
     def answer(self, request: Request) -> tuple[int, bytes]:
         with self._lock:
+            if request.path == "/readyz":
+                return _json(200, {"status": "ready"})
             if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":
                 return _problem(401, "unauthenticated", "This server asks for a key.")
-            kind, *rest = request.path.removeprefix("/v1/").split("/", 2)
-            routes: dict[str, Callable[..., tuple[int, bytes]]] = {
-                "recoveries": self._recoveries,
-                "files": self._files,
-                "capabilities": self._capabilities,
-            }
-            return routes[kind](request, *rest)
+            key = request.headers.get("Idempotency-Key", "")
+            if key not in self._answered or not key:
+                self._answered[key] = self._route(request)
+            return self._answered[key]
+
+    def _route(self, request: Request) -> tuple[int, bytes]:
+        kind, *rest = request.path.removeprefix("/v1/").split("/", 2)
+        routes: dict[str, Callable[..., tuple[int, bytes]]] = {
+            "recoveries": self._recoveries,
+            "files": self._files,
+            "capabilities": self._capabilities,
+            "diagnoses": lambda request, *rest: self.diagnoses.popleft(),
+        }
+        return routes[kind](request, *rest)
 
     def _capabilities(self, request: Request) -> tuple[int, bytes]:
         names = ("damages", "methods", "training_modes", "models")
@@ -154,8 +182,11 @@ class FakeService:
             return _problem(404, "not_found", f"There is no recovery {id}.")
         verb, _, path = rest.partition("/")
         routes: dict[str, Callable[..., tuple[int, bytes]]] = {
-            "": self._read,
+            "": self._change if request.method == "PATCH" else self._read,
             "cancel": self._cancel,
+            "pause": lambda request, id: self._steer(id, {"queued", "running"}, "paused"),
+            "resume": lambda request, id: self._steer(id, {"paused"}, "queued"),
+            "retry": lambda request, id: self._retry(id),
             "events": lambda request, id: _page(request, self.events[id], key="seq"),
             "report": self._report,
             "alignment": lambda request, id: (200, report(id).alignment.model_dump_json().encode()),
@@ -165,11 +196,15 @@ class FakeService:
         return routes[verb](request, id)
 
     def _create(self, request: Request) -> tuple[int, bytes]:
+        if self.knows_dry_runs and request.query.get("dry_run") == "true":
+            return _json(200, DRY_RUN)
+        return self._queue(CreateRecovery.model_validate_json(request.body).model_dump(mode="json"))
+
+    def _queue(self, asked: dict[str, Any], retry_of: str | None = None) -> tuple[int, bytes]:
         id = f"rec_{len(self.jobs) + 1:024x}"
         empty = dict.fromkeys(("stage", "outcome", "error", "progress", "started_at", "finished_at"))
-        asked = CreateRecovery.model_validate_json(request.body).model_dump(mode="json")
         row = {"id": id, "object": "recovery", "state": "queued", "request": asked, "epoch": 0, "version": 1}
-        row |= {"pausing": False, "retry_of": None, "failures": 0, "losses": 0}
+        row |= {"pausing": False, "retry_of": retry_of, "failures": 0, "losses": 0}
         self.jobs[id] = row | empty | {"created_at": 1.0}
         self.events[id] = []
         self._moments[id] = deque(self.script)
@@ -190,6 +225,50 @@ class FakeService:
         self._moments[id] = deque([Moment({"state": "cancelled"})])
         return _json(200, self.jobs[id])
 
+    def _steer(self, id: str, allowed: set[str], state: str) -> tuple[int, bytes]:
+        if self.jobs[id]["state"] not in allowed:
+            return _problem(409, "conflict", f"The recovery is {self.jobs[id]['state']}.")
+        self._move(id, Moment({"state": state}))
+        return _json(200, self.jobs[id])
+
+    def _retry(self, id: str) -> tuple[int, bytes]:
+        if self.jobs[id]["state"] not in {"failed", "cancelled"}:
+            return _problem(409, "conflict", f"The recovery is {self.jobs[id]['state']}.")
+        return self._queue(self.jobs[id]["request"], retry_of=id)
+
+    def _change(self, request: Request, id: str) -> tuple[int, bytes]:
+        asked = self.jobs[id]["request"] | json.loads(request.body)
+        self._move(id, Moment({"request": asked}))
+        return _json(200, self.jobs[id])
+
+    def knows(self, request: Request) -> bool:
+        return request.path.split("/")[3] in self.jobs
+
+    def stream(self, request: Request) -> Iterator[bytes]:
+        """The frames of a job's events after the last one known, while the job moves on."""
+        id = request.path.split("/")[3]
+        seq = int(request.headers.get("Last-Event-ID", 0))
+        left = self.tears.popleft() if self.tears else None
+        yield b": hello\n\n"
+        while True:
+            with self._lock:
+                if len(self.events[id]) <= seq and self._moments[id]:
+                    self._move(id, self._moments[id].popleft())
+                rows = self.events[id][seq:]
+                over = self.jobs[id]["state"] in {"succeeded", "failed", "cancelled"}
+            for row in rows:
+                frame = f"id: {row['seq']}\nevent: {row['type']}\ndata: {json.dumps(row)}\n\n".encode()
+                if left is not None and (left := left - 1) < 0:
+                    yield frame[:-9]
+                    raise ConnectionAbortedError
+                yield frame
+                seq = row["seq"]
+            if over and not rows:
+                yield b"event: end\ndata: {}\n\n"
+                return
+            time.sleep(0.02)
+            yield b": still here\n\n"
+
     def _report(self, request: Request, id: str) -> tuple[int, bytes]:
         if request.headers.get("Accept") == "text/html":
             return 200, b"<html>the report</html>"
@@ -201,13 +280,15 @@ class FakeService:
         rows = [_manifest_entry(path, content) for path, content in self.artifacts.items()]
         return _page(request, rows, key="path")
 
-    def _files(self, request: Request, id: str | None = None) -> tuple[int, bytes]:
+    def _files(self, request: Request, id: str | None = None, rest: str = "") -> tuple[int, bytes]:
         if request.method == "POST":
             return self._upload(request)
         if id is None:
             return _page(request, [*self.files.values()])
         if id not in self.files:
             return _problem(404, "not_found", f"There is no file {id}.")
+        if rest == "content":
+            return 200, self.contents[id]
         return _json(200, self.files.pop(id) if request.method == "DELETE" else self.files[id])
 
     def _upload(self, request: Request) -> tuple[int, bytes]:
@@ -226,6 +307,7 @@ class FakeService:
             "rows": content.count(b"\n"),
         }
         self.files[id] = row | {"sha256": hashlib.sha256(content).hexdigest()}
+        self.contents[id] = content
         return _json(200, self.files[id])
 
     def _move(self, id: str, moment: Moment) -> None:
@@ -268,8 +350,13 @@ def _handler(service: FakeService) -> type[BaseHTTPRequestHandler]:
             request = Request(self.command, address.path, query, dict(self.headers), body)
             service.seen.append(request)
             fault = service.faults.popleft() if service.faults else None
-            if fault is None:
-                self._reply(*service.answer(request), {})
+            if fault is None or fault.heard or fault.cut is not None:
+                if request.headers.get("Accept") == "text/event-stream" and service.knows(request):
+                    self._stream(service.stream(request))
+                    return
+                answer = service.answer(request)
+            if fault is None or fault.cut is not None:
+                self._reply(*_part(request, *answer), cut=fault and fault.cut)
                 return
             time.sleep(fault.delay)
             if fault.status is None:
@@ -277,21 +364,43 @@ def _handler(service: FakeService) -> type[BaseHTTPRequestHandler]:
             else:
                 self._reply(fault.status, fault.body, fault.headers)
 
-        do_POST = do_DELETE = do_GET
+        do_POST = do_PATCH = do_DELETE = do_GET
 
-        def _reply(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        def _stream(self, frames: Iterator[bytes]) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/event-stream")
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            self.close_connection = True
+            with suppress(ConnectionError, ValueError):  # torn on purpose, or the other side has gone
+                for frame in frames:
+                    self.wfile.write(f"{len(frame):x}\r\n".encode() + frame + b"\r\n")
+                    self.wfile.flush()
+                self.wfile.write(b"0\r\n\r\n")
+
+        def _reply(self, status: int, body: bytes, headers: dict[str, str], cut: int | None = None) -> None:
             self.send_response(status)
             for name, value in (
                 {"Content-Length": str(len(body)), "x-request-id": "req_1"} | headers
             ).items():
                 self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(body)
+            self.wfile.write(body[:cut])
+            self.close_connection = self.close_connection or cut is not None
 
         def log_message(self, format: str, *args: object) -> None:
             pass
 
     return Handler
+
+
+def _part(request: Request, status: int, body: bytes) -> tuple[int, bytes, dict[str, str]]:
+    """The part of an artifact that the request asks for."""
+    asked = request.headers.get("Range", "")
+    if not asked or "/artifacts/" not in request.path:
+        return status, body, {}
+    start = int(asked.removeprefix("bytes=").removesuffix("-"))
+    return 206, body[start:], {"Content-Range": f"bytes {start}-{len(body) - 1}/{len(body)}"}
 
 
 def _json(status: int, value: Any) -> tuple[int, bytes]:
@@ -336,9 +445,52 @@ def service() -> Iterator[FakeService]:
     service.stop()
 
 
+class Blocking:
+    """An `AsyncClient`, or a part of one, that is called as a `Client` is: so one test tries both."""
+
+    def __init__(self, part: Any, loop: asyncio.AbstractEventLoop) -> None:
+        self._part, self._loop = part, loop
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._part, name)
+        if inspect.ismethod(value) or inspect.isfunction(value):
+            return lambda *args, **kwargs: self._result(value(*args, **kwargs))
+        return value if isinstance(value, str) else Blocking(value, self._loop)
+
+    def _result(self, value: Any) -> Any:
+        if inspect.isasyncgen(value):
+            return self._iterate(value)
+        if inspect.isawaitable(value):
+            return self._loop.run_until_complete(value)
+        return Blocking(value, self._loop)
+
+    def _iterate(self, values: AsyncIterator[Any]) -> Iterator[Any]:
+        try:
+            while (value := self._loop.run_until_complete(anext(values, None))) is not None:
+                yield value
+        finally:
+            self._loop.run_until_complete(values.aclose())
+
+    def __enter__(self) -> "Blocking":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+@pytest.fixture(params=["Client", "AsyncClient"])
+def connect(request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
+    """Makes clients, of each kind in turn."""
+    if request.param == "Client":
+        yield Client
+        return
+    with asyncio.Runner() as runner:
+        yield lambda *args, **kwargs: Blocking(AsyncClient(*args, **kwargs), runner.get_loop())
+
+
 @pytest.fixture
-def client(service: FakeService) -> Iterator[Client]:
-    with Client(service.url, timeout=5.0) as client:
+def client(service: FakeService, connect: Callable[..., Any]) -> Iterator[Client]:
+    with connect(service.url, timeout=5.0) as client:
         yield client
 
 

@@ -3,7 +3,6 @@
 import pytest
 
 from recoup import CreateRecovery, InvalidArgumentError, _calls
-from recoup.schemas import ChangeRecovery
 
 
 @pytest.mark.parametrize("id", ["", "..", "a/b", "a?b", "a\n", "%2e", "-a", "a b", "é", "a" * 129])
@@ -35,8 +34,14 @@ def test_what_was_not_given_is_not_in_the_query():
     assert _calls.list_recoveries("c", 5).query == (("after", "c"), ("limit", "5"))
 
 
+@pytest.mark.parametrize("key", ["", "a b", "a\r\nX-Evil: 1", "schlüssel", "k" * 256])
+def test_an_idempotency_key_cannot_smuggle_a_header(key):
+    with pytest.raises(InvalidArgumentError, match="idempotency key"):
+        _calls.create_recovery(student="s", teacher="t", idempotency_key=key)
+
+
 def test_only_what_shall_change_is_sent():
-    call = _calls.change_recovery("rec_1", ChangeRecovery(priority=3))
+    call = _calls.change_recovery("rec_1", priority=3)
     assert (call.method, call.path, call.json) == ("PATCH", "/v1/recoveries/rec_1", {"priority": 3})
 
 

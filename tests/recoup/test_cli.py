@@ -14,7 +14,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import recoup
-from recoup import _render, _watch
+from recoup import Client, _render, _watch
 from recoup._commands import app
 from recoup.schemas import Event, Progress
 
@@ -27,6 +27,12 @@ def run(service, monkeypatch):
     for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "COLUMNS"):
         monkeypatch.delenv(name, raising=False)
     return lambda *arguments: CliRunner().invoke(app, [*map(str, arguments)])
+
+
+@pytest.fixture
+def client(service):
+    with Client(service.url, timeout=5.0) as client:
+        yield client
 
 
 @pytest.fixture
@@ -68,6 +74,26 @@ def test_submit_sends_the_options_and_uploads_the_files(run, service, tmp_path):
         "seed": 3,
     }
     assert json.loads(result.stdout)["state"] == "queued"
+
+
+def test_a_dry_run_prints_plan_and_cost_and_leaves_nothing_behind(run, service, tmp_path):
+    (tmp_path / "general.jsonl").write_text('{"prompt": "a"}\n')
+    asked = ["dry-run", *SUBMIT[1:], "--prompts", tmp_path / "general.jsonl"]
+    assert run(*asked).stdout.splitlines() == [
+        "method: off_policy (the student was pruned)",
+        "estimate: 3 min 20 s, 12,000 tokens, 2.0 GiB of memory, 0.5 GiB of disk",
+        "note: /prompts: 60 prompts are few",
+    ]
+    assert json.loads(run(*asked, "--json").stdout)["object"] == "recovery.dry_run"
+    assert (service.jobs, service.files) == ({}, {})
+
+
+def test_what_a_server_without_dry_runs_queues_is_cancelled(run, service):
+    service.knows_dry_runs = False
+    result = run("dry-run", *SUBMIT[1:])
+    ((id, job),) = service.jobs.items()
+    assert (result.exit_code, job["state"]) == (2, "cancelling")
+    assert result.stderr == f"This server knows no dry runs. It queued {id}, which was cancelled.\n"
 
 
 def test_submit_uploads_the_files_of_tasks(run, service, tmp_path):
@@ -142,7 +168,10 @@ def test_a_failed_job_is_1_and_says_why(failing, run, options):
 def test_a_cancelled_job_is_1(run, id):
     assert run("cancel", id).stdout == f"{id} cancelling\n"
     result = run("watch", id)
-    assert (result.exit_code, result.stderr) == (1, f"{id} was cancelled.\n")
+    assert (result.exit_code, result.stderr) == (
+        1,
+        f"{id} was cancelled; `recoup retry {id}` runs it again.\n",
+    )
 
 
 def test_a_refused_request_is_2_and_says_why(run):
@@ -157,6 +186,153 @@ def test_a_server_out_of_reach_is_3(run, monkeypatch):
     result = run("list")
     assert result.exit_code == 3
     assert "Cannot reach http://127.0.0.1:1" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "advice"),
+    [
+        ({"status": 401}, 2, "Set RECOUP_API_KEY"),
+        ({"status": 403}, 2, "Use a key that may do this"),
+        ({"status": 429, "headers": {"Retry-After": "90"}}, 2, "Try again in 1 min 30 s."),
+        ({"status": 500}, 3, "`recoup doctor` shows"),
+        ({"status": 200}, 3, "set RECOUP_BASE_URL"),
+        ({"status": 404, "body": b'{"code":"recovery_not_found"}'}, 2, None),
+    ],
+)
+def test_an_error_says_what_to_do(run, service, faults, fault, code, advice):
+    service.faults.append(faults(**fault))
+    result = run("show", "rec_1")
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert (advice or "404") in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_an_error_as_json_is_one_object_on_stderr(run):
+    result = run("show", "rec_404", "--json")
+    assert (result.exit_code, result.stdout) == (2, "")
+    error = json.loads(result.stderr)["error"]
+    assert (error["type"], error["exit_code"]) == ("NotFoundError", 2)
+    assert (error["problem"]["code"], error["problem"]["request_id"]) == ("not_found", "req_1")
+
+
+def test_a_wrong_field_as_json_is_one_object_on_stderr(run):
+    result = run(*SUBMIT, "--steps", "0", "--json")
+    assert result.exit_code == 2
+    assert "training.steps" in json.loads(result.stderr)["error"]["message"]
+
+
+def test_the_verbs_print_the_state(run, id):
+    assert run("pause", id).stdout == f"{id} paused\n"
+    assert json.loads(run("resume", id, "--json").stdout)["state"] == "queued"
+    run("cancel", id)
+    run("watch", id)
+    again, state = run("retry", id).stdout.split()
+    assert (again != id, state) == (True, "queued")
+    assert f"retry of: {id}" in run("show", again).stdout.splitlines()
+    result = run("resume", again)
+    assert (result.exit_code, "The recovery is queued" in result.stderr) == (2, True)
+
+
+def test_a_job_that_is_about_to_pause_says_so(run, id, service):
+    service.jobs[id] |= {"state": "running", "pausing": True, "losses": 2}
+    lines = run("show", id).stdout.splitlines()
+    assert {"state: running, pausing", "losses: 2"} <= {*lines}
+    assert not any(line.startswith(("failures", "retry of")) for line in lines)
+
+
+def test_samples_are_side_by_side(run, id, report):
+    (first, *_) = report(id).samples
+    lines = run("samples", id, "--limit", "1").stdout.splitlines()
+    assert lines == [
+        "[explain]",
+        "prompt:  What is a tide?",
+        "teacher: The sea's daily rise and fall.",
+        "before:  tide tide tide",
+        "after:   The rise and fall",
+        "         of the sea.",
+    ]
+    assert json.loads(run("samples", id, "--json").stdout)[0] == first.model_dump(mode="json")
+
+
+def test_files_are_uploaded_listed_fetched_and_removed(run, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a"}\n')
+    id, *rest = run("files", "upload", path).stdout.split()
+    assert rest == ["1", "rows"]
+    assert id in run("files", "list").stdout
+    assert [file["id"] for file in json.loads(run("files", "list", "--json").stdout)] == [id]
+    assert "name: prompts.jsonl" in run("files", "show", id).stdout
+    assert run("files", "content", id, tmp_path / "back").exit_code == 0
+    assert (tmp_path / "back").read_bytes() == path.read_bytes()
+    assert run("files", "delete", id).stdout == f"{id} deleted\n"
+    assert run("files", "show", id).exit_code == 2
+
+
+def test_an_uploaded_file_is_named_by_its_id(run, service):
+    id = f"file-{'a' * 24}"
+    assert run(*SUBMIT, "--prompts", id, "--task", f"sums={id}:number").exit_code == 0
+    asked = json.loads(service.sent("POST", "/v1/recoveries")[0].body)
+    assert (asked["prompts"], asked["evaluation"]["tasks"][0]["file"]) == ({"file": id}, id)
+    assert not service.sent("POST", "/v1/files")
+
+
+def test_a_doctor_finds_a_server_that_is_well(run):
+    result = run("doctor")
+    assert result.exit_code == 0, result.output
+    assert [line[:4] for line in result.stdout.splitlines()] == ["ok  "] * 5
+    assert all(finding["ok"] for finding in json.loads(run("doctor", "--json").stdout))
+
+
+def test_a_doctor_says_what_is_wrong_and_what_to_do(run, service, monkeypatch):
+    service.key = "rk_other"
+    result = run("doctor")
+    assert result.exit_code == 2
+    assert "FAIL key: " in result.stdout
+    assert "Set RECOUP_API_KEY" in result.stdout
+    monkeypatch.setenv("RECOUP_BASE_URL", "http://127.0.0.1:1")
+    (address, server) = json.loads(run("doctor", "--json").stdout)
+    assert (address["ok"], server["ok"], server["exit_code"]) == (True, False, 3)
+    monkeypatch.setenv("RECOUP_BASE_URL", "nonsense")
+    assert run("doctor").exit_code == 2
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish", "powershell"])
+def test_completion_is_a_script_that_asks_this_command(run, shell):
+    assert "_RECOUP_COMPLETE" in run("completion", shell).stdout
+
+
+def test_a_shell_is_told_the_commands(shell):
+    asked = {"_RECOUP_COMPLETE": "complete_bash", "COMP_WORDS": "recoup re", "COMP_CWORD": "1"}
+    assert shell(asked).stdout.split() == ["resume", "retry", "report", "recipe"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["submit", "--help"], ["list"], ["sumbit"], ["show", "rec_404"], ["doctor"]]
+)
+def test_what_is_piped_has_no_colours(shell, arguments):
+    result = shell({}, *arguments)
+    assert result.stdout + result.stderr
+    assert "\x1b" not in result.stdout + result.stderr
+
+
+@pytest.fixture
+def shell(service):
+    """Runs the command as a process whose output is piped."""
+
+    def run(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+        code = "import sys; sys.argv[0] = 'recoup'; from recoup.cli import main; main()"
+        known = {name: value for name, value in os.environ.items() if name not in {"FORCE_COLOR", "COLUMNS"}}
+        known |= {"RECOUP_BASE_URL": service.url, "PYTHONPATH": str(Path(recoup.__file__).parents[1])}
+        command = [sys.executable, "-c", code, *arguments]
+        return subprocess.run(
+            command, check=False, capture_output=True, text=True, env=known | environment, timeout=60
+        )
+
+    return run
+
+
+def test_the_version_is_printed(run):
+    assert run("--version").stdout == f"recoup {recoup.__version__}\n"
 
 
 def test_report_prints_the_verdict_and_writes_the_page(run, id, tmp_path):
@@ -253,6 +429,12 @@ def test_the_verdict_table_shows_measures_alignment_and_cost(report):
     assert "skill 0.2 0.9 0.882 kept 0.980 [0.950, 1.000]" in rows
     assert "alignment, last layer 0.99 0.6 0.9 0.770 [0.700, 0.840]" in rows
     assert "60 steps on 12,345 tokens, 9,000 generated; 3 min 20 s and 2.0 GiB on cpu" in rows
+
+
+def test_the_forms_of_a_packed_student_are_told(report):
+    form = {"form": "merged", "kl": 0.2, "recovered": {"value": 0.8, "low": 0.7, "high": 0.9, "n": 64}}
+    (line,) = _render.form_lines(report(forms=[form | {"bytes": 3 * 2**20, "handed_over": True}]).forms)
+    assert line == "as merged: recovered 0.800 [0.700, 0.900], 3.0 MiB, handed over"
 
 
 def test_an_untrained_report_has_a_verdict_too(report):

@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 import recoup
-from recoup import Client, CreateRecovery
+from recoup import CreateRecovery
 
 ASK = {"student": "damaged", "teacher": "healthy"}
 
@@ -22,6 +22,12 @@ def test_a_ready_request_is_taken_as_it_is(client):
     assert client.recoveries.create(request).request == request
     with pytest.raises(TypeError, match="not both"):
         client.recoveries.create(request, seed=1)
+
+
+def test_a_dry_run_queues_nothing(client, service):
+    found = client.recoveries.dry_run(**ASK, seed=7)
+    assert (found.plan[0].value, found.estimate.seconds) == ("off_policy", 200.0)
+    assert service.jobs == {}
 
 
 @pytest.mark.parametrize("wrong", [{"seed": "1"}, {"sead": 1}, {"student": "../x"}, {"teacher": None}])
@@ -81,34 +87,34 @@ def test_capabilities_are_a_value(client):
     assert client.capabilities().version == "0.1.0"
 
 
-def test_the_environment_names_server_and_key(service, monkeypatch):
+def test_the_environment_names_server_and_key(connect, service, monkeypatch):
     service.key = "rk_secret"
     monkeypatch.setenv("RECOUP_BASE_URL", service.url + "/")
     monkeypatch.setenv("RECOUP_API_KEY", "rk_secret")
-    with Client() as client:
+    with connect() as client:
         assert client.capabilities().version == "0.1.0"
     with (
-        Client(api_key="rk_other") as client,
+        connect(api_key="rk_other") as client,
         pytest.raises(recoup.AuthenticationError, match="asks for a key"),
     ):
         client.capabilities()
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8321", "ftp://host", "http://", "http://[::", "nonsense"])
-def test_an_address_that_is_none_is_refused(url):
+def test_an_address_that_is_none_is_refused(connect, url):
     with pytest.raises(recoup.InvalidArgumentError, match="address"):
-        Client(url)
+        connect(url)
 
 
 @pytest.mark.parametrize("key", ["a b", "a\r\nX-Evil: 1", "schlüssel"])
-def test_a_key_cannot_smuggle_a_header(key):
+def test_a_key_cannot_smuggle_a_header(connect, key):
     with pytest.raises(recoup.InvalidArgumentError, match="API key"):
-        Client(api_key=key)
+        connect(api_key=key)
 
 
-def test_a_proxy_of_the_environment_does_not_stand_before_loopback(service, monkeypatch):
+def test_a_proxy_of_the_environment_does_not_stand_before_loopback(connect, service, monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
-    with Client(service.url) as client:
+    with connect(service.url) as client:
         assert client.capabilities().version == "0.1.0"
 
 
@@ -118,10 +124,10 @@ def test_a_dropped_get_is_sent_again(client, service, faults):
     assert len(service.seen) == 3
 
 
-def test_tries_end(service, faults):
+def test_tries_end(connect, service, faults):
     service.faults += [faults()] * 2
     with (
-        Client(service.url, max_retries=1) as client,
+        connect(service.url, max_retries=1) as client,
         pytest.raises(recoup.APIConnectionError, match="broke"),
     ):
         client.capabilities()
@@ -136,11 +142,53 @@ def test_a_busy_server_is_asked_again_when_it_says(client, service, faults):
 
 
 @pytest.mark.parametrize("status", [None, 503])
-def test_a_post_that_may_have_arrived_is_not_sent_again(client, service, faults, status):
-    service.faults.append(faults(status))
-    with pytest.raises((recoup.APIConnectionError, recoup.InternalServerError)):
+def test_a_post_whose_answer_is_lost_makes_one_job(client, service, faults, status):
+    service.faults.append(faults(status, heard=True))
+    job = client.recoveries.create(**ASK)
+    assert [*service.jobs] == [job.id]
+    first, second = service.sent("POST", "/v1/recoveries")
+    assert first.headers["Idempotency-Key"] == second.headers["Idempotency-Key"] != ""
+
+
+def test_an_upload_whose_answer_is_lost_is_repeated_byte_for_byte(client, service, faults, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
+    service.faults.append(faults(heard=True))
+    file = client.files.create(tmp_path / "prompts.jsonl")
+    assert [*service.files] == [file.id]
+    first, second = service.sent("POST", "/v1/files")
+    assert first.body == second.body
+
+
+def test_two_calls_have_two_keys_unless_the_caller_names_one(client, service):
+    for key in (None, None, "mine", "mine"):
+        client.recoveries.create(**ASK, idempotency_key=key)
+    keys = [request.headers["Idempotency-Key"] for request in service.sent("POST", "/v1/recoveries")]
+    assert len({*keys}) == 3
+    assert len(service.jobs) == 3
+
+
+def test_too_many_requests_are_sent_again_when_the_server_says(client, service, faults):
+    service.faults += [faults(429, {"Retry-After": "1"}), faults(429, {"Retry-After": "0"})]
+    started = time.monotonic()
+    client.recoveries.create(**ASK)
+    assert 1.0 <= time.monotonic() - started < 3.0
+    assert len(service.seen) == 3
+
+
+def test_a_wait_of_an_hour_is_the_callers_to_decide(client, service, faults):
+    service.faults.append(faults(429, {"Retry-After": "3600"}))
+    with pytest.raises(recoup.RateLimitError) as caught:
+        client.capabilities()
+    assert (caught.value.retry_after, len(service.seen)) == (3600.0, 1)
+
+
+def test_a_lock_is_waited_for_and_a_conflict_is_not(client, service, faults):
+    service.faults.append(faults(409, {"Retry-After": "0"}))
+    assert client.recoveries.create(**ASK).state == "queued"
+    service.faults.append(faults(409))
+    with pytest.raises(recoup.ConflictError):
         client.recoveries.create(**ASK)
-    assert len(service.seen) == 1
+    assert len(service.seen) == 3
 
 
 def test_a_post_that_found_nobody_is_sent_again(client, service):
@@ -152,16 +200,16 @@ def test_a_post_that_found_nobody_is_sent_again(client, service):
     assert len(service.jobs) == 1
 
 
-def test_a_server_that_is_not_there_is_named_without_its_password():
+def test_a_server_that_is_not_there_is_named_without_its_password(connect):
     unreachable = pytest.raises(recoup.APIConnectionError, match=r"Cannot reach http://127\.0\.0\.1:1")
-    with Client("http://user:hunter2@127.0.0.1:1", max_retries=0) as client, unreachable as caught:
+    with connect("http://user:hunter2@127.0.0.1:1", max_retries=0) as client, unreachable as caught:
         client.capabilities()
     assert "hunter2" not in str(caught.value)
 
 
-def test_silence_is_a_timeout(service):
+def test_silence_is_a_timeout(connect, service):
     timeout = pytest.raises(recoup.APITimeoutError, match="in time")
-    with Client(service.url, timeout=0.2, max_retries=0) as client, service.silence(), timeout:
+    with connect(service.url, timeout=0.2, max_retries=0) as client, service.silence(), timeout:
         client.capabilities()
 
 
@@ -172,8 +220,63 @@ def test_a_server_of_another_kind_is_recognised(client, service, faults, body):
         client.capabilities()
 
 
-def test_a_gateways_page_is_an_internal_server_error(service, faults):
+def test_a_gateways_page_is_an_internal_server_error(connect, service, faults):
     service.faults.append(faults(502))
-    with Client(service.url, max_retries=0) as client, pytest.raises(recoup.InternalServerError) as caught:
+    with connect(service.url, max_retries=0) as client, pytest.raises(recoup.InternalServerError) as caught:
         client.capabilities()
     assert (caught.value.code, caught.value.request_id) == ("http_502", "req_1")
+
+
+def test_a_job_is_paused_resumed_and_tried_again(client):
+    id = client.recoveries.create(**ASK).id
+    assert client.recoveries.pause(id).state == "paused"
+    assert client.recoveries.resume(id).state == "queued"
+    with pytest.raises(recoup.ConflictError, match="The recovery is queued"):
+        client.recoveries.retry(id)
+    client.recoveries.cancel(id)
+    client.recoveries.wait(id)
+    again = client.recoveries.retry(id)
+    assert (again.state, again.retry_of) == ("queued", id)
+
+
+def test_priority_and_metadata_may_change_and_what_is_not_given_stays(client, service):
+    id = client.recoveries.create(**ASK, metadata={"run": "7"}).id
+    assert client.recoveries.change(id, priority=5).request.priority == 5
+    assert client.recoveries.change(id, metadata={}).request.metadata == {}
+    assert [request.body for request in service.sent("PATCH", f"/v1/recoveries/{id}")] == [
+        b'{"priority":5}',
+        b'{"metadata":{}}',
+    ]
+    with pytest.raises(ValidationError):
+        client.recoveries.change(id, priority=101)
+
+
+def test_a_list_is_filtered_by_the_server_on_every_page(client, service):
+    for _ in range(3):
+        client.recoveries.create(**ASK)
+    assert len([*client.recoveries.list(state="queued")]) == 3
+    queries = [request.query for request in service.sent("GET", "/v1/recoveries")]
+    assert [query["state"] for query in queries] == ["queued"] * 2
+
+
+def test_a_raw_response_has_headers_and_the_value(client, service, faults):
+    service.faults.append(faults(503, {"Retry-After": "0"}))
+    raw = client.with_raw_response.capabilities()
+    assert (raw.status, raw.headers["X-Request-Id"], raw.request_id, raw.tries) == (200, "req_1", "req_1", 2)
+    assert raw.parse() == client.capabilities()
+    job = client.recoveries.create(**ASK)
+    page = client.with_raw_response.recoveries.list(limit=1).parse()
+    assert (page.data, page.has_more) == ([job], False)
+
+
+def test_options_hold_for_one_call_and_share_the_connection(client, service, faults):
+    service.faults.append(faults(503, {"Retry-After": "0"}))
+    with pytest.raises(recoup.InternalServerError):
+        client.with_options(max_retries=0).capabilities()
+    assert client.capabilities().version == "0.1.0"
+
+
+def test_a_files_content_comes_back(client, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
+    file = client.files.create(tmp_path / "prompts.jsonl")
+    assert client.files.content(file.id) == b'{"prompt": "a"}\n'

@@ -1,13 +1,12 @@
 """Downloads: complete and verified, or not there."""
 
 import hashlib
-from itertools import repeat
+import threading
 from pathlib import Path
 
 import pytest
 
 import recoup
-from recoup import _download
 
 
 @pytest.fixture
@@ -36,11 +35,11 @@ def test_wrong_bytes_are_not_kept(client, service, job, tmp_path, wrong):
     assert content(tmp_path) == {}
 
 
-def test_a_file_without_end_is_cut_off(client, job, tmp_path):
-    (_, report) = client.recoveries.artifacts(job.id)
+def test_a_file_without_end_is_cut_off(client, service, job, tmp_path):
+    service.sent_instead["report.json"] = b"x" * 50_000_000
     with pytest.raises(recoup.ChecksumError):
-        _download.save(repeat(b"x" * 1000), tmp_path / "report.json", report)
-    assert content(tmp_path) == {}
+        client.recoveries.download(job.id, tmp_path)
+    assert [*content(tmp_path)] == ["adapter/weights.safetensors"]
 
 
 def test_a_file_that_is_already_right_is_not_fetched_again(client, service, job, tmp_path):
@@ -53,11 +52,47 @@ def test_a_file_that_is_already_right_is_not_fetched_again(client, service, job,
     assert content(tmp_path) == service.artifacts
 
 
-def test_a_connection_that_drops_does_not_spoil_a_download(client, service, job, tmp_path, faults):
-    client.recoveries.artifacts(job.id)
-    cut = faults(200, {"Content-Length": "70000", "Connection": "close"}, body=b"w" * 100)
-    service.faults += [None, cut]
+def ranges(service) -> list[str | None]:
+    """What was asked of the first artifact."""
+    fetched = [request for request in service.seen if request.path.endswith("/weights.safetensors")]
+    return [request.headers.get("Range") for request in fetched]
+
+
+def test_a_download_that_broke_off_is_resumed_where_it_broke(client, service, job, tmp_path, faults):
+    service.faults += [None, faults(cut=100), faults(502, {"Retry-After": "0"}), faults(cut=1000)]
     client.recoveries.download(job.id, tmp_path)
+    assert ranges(service) == [None, "bytes=100-", "bytes=100-", "bytes=1100-"]
+    assert content(tmp_path) == service.artifacts
+
+
+def test_a_download_survives_a_restart_of_the_server(client, service, job, tmp_path, faults):
+    service.faults += [None, faults(cut=100)]
+    stopping = threading.Timer(0.1, service.stop)
+    starting = threading.Timer(1.0, service.start)
+    stopping.start(), starting.start()
+    client.recoveries.download(job.id, tmp_path)
+    stopping.join(), starting.join()
+    assert content(tmp_path) == service.artifacts
+
+
+def leave_a_part(client, service, job, folder, part: bytes) -> None:
+    (artifact, _) = client.recoveries.artifacts(job.id)
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / f".weights.safetensors.{artifact.sha256[:12]}.part").write_bytes(part)
+    service.seen.clear()
+
+
+def test_the_next_download_takes_up_the_part_that_the_last_one_left(client, service, job, tmp_path):
+    leave_a_part(client, service, job, tmp_path, b"w" * 40_000)
+    client.recoveries.download(job.id, tmp_path)
+    assert ranges(service) == ["bytes=40000-"]
+    assert content(tmp_path) == service.artifacts
+
+
+def test_a_part_that_was_spoiled_is_thrown_away(client, service, job, tmp_path):
+    leave_a_part(client, service, job, tmp_path, b"v" * 40_000)
+    client.recoveries.download(job.id, tmp_path)
+    assert ranges(service) == ["bytes=40000-", None]
     assert content(tmp_path) == service.artifacts
 
 

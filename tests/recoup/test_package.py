@@ -45,9 +45,24 @@ def test_importing_recoup_loads_pydantic_alone():
 
 
 def test_the_client_loads_the_http_library_and_no_terminal():
-    loaded = modules_after("from recoup import Client; Client().close()")
+    loaded = modules_after("from recoup import AsyncClient, Client; AsyncClient(), Client().close()")
     assert "httpx2" in loaded
     assert loaded.isdisjoint({"typer", "rich", *FOREIGN})
+
+
+def test_importing_the_clients_loads_nothing_that_pydantic_and_the_http_library_do_not():
+    ours = modules_after("from recoup import AsyncClient, Client")
+    theirs = modules_after("from pydantic import BaseModel, Field, create_model; import httpx2")
+    assert ours - theirs - sys.stdlib_module_names == {"recoup"}
+    assert "asyncio" not in ours
+
+
+def test_importing_the_clients_builds_no_model():
+    code = "from recoup import AsyncClient, Client, schemas\nfrom pydantic import BaseModel\n"
+    code += "models = [model for model in vars(schemas).values() if isinstance(model, type)]\n"
+    code += "print(len(models), [model.__name__ for model in models if model.__pydantic_complete__])"
+    count, built = python(sys.executable, code).stdout.split(maxsplit=1)
+    assert (int(count) > 40, built) == (True, "[]\n")
 
 
 def test_help_does_not_load_the_http_library():
@@ -152,6 +167,32 @@ def test_in_a_fresh_environment_the_client_works_and_the_service_is_not_there(in
     file, found = json.loads(result.stdout)
     assert Path(file).is_relative_to(installed.parents[1])
     assert found == []
+
+
+def readme_program() -> str:
+    """The README's first Python block."""
+    text = (CLIENTS / "README.md").read_text(encoding="utf-8")
+    return text.split("```python\n", 2)[1].split("```")[0]
+
+
+def test_in_a_fresh_environment_the_readmes_program_runs(installed, service, tmp_path):
+    (tmp_path / "general.jsonl").write_text('{"prompt": "What is a tide?"}\n', encoding="utf-8")
+    environment = {"RECOUP_BASE_URL": service.url, "PATH": os.environ["PATH"]}
+    result = subprocess.run(
+        [installed, "-c", readme_program()],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        timeout=60,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "recovered" in result.stdout
+    assert {path.name for path in (tmp_path / "restored").rglob("*") if path.is_file()} == {
+        "weights.safetensors",
+        "report.json",
+    }
 
 
 def test_without_the_extra_the_command_says_how_to_get_it(installed):

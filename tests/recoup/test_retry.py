@@ -9,22 +9,30 @@ from recoup._retry import Failure, delay, is_worth_another_try, seconds_of
 NOW = datetime(2026, 1, 1, 12, 0, 0, tzinfo=UTC)
 
 
-@pytest.mark.parametrize("method", ["GET", "DELETE", "POST"])
-def test_a_request_that_never_left_is_worth_another_try(method):
-    assert is_worth_another_try(method, Failure(status=None, sent=False))
+@pytest.mark.parametrize("repeatable", [True, False])
+@pytest.mark.parametrize("failure", [Failure(status=None, sent=False), Failure(429, sent=True)])
+def test_a_request_that_did_nothing_is_worth_another_try(repeatable, failure):
+    assert is_worth_another_try(repeatable, failure)
 
 
-@pytest.mark.parametrize("status", [None, 408, 429, 502, 503, 504])
-def test_a_harmless_request_is_repeated_and_a_post_is_not(status):
-    failure = Failure(status, sent=True)
-    assert is_worth_another_try("GET", failure)
-    assert is_worth_another_try("DELETE", failure)
-    assert not is_worth_another_try("POST", failure)
+@pytest.mark.parametrize("status", [None, 408, 502, 503, 504])
+def test_only_what_may_be_done_twice_is_sent_again(status):
+    assert is_worth_another_try(True, Failure(status, sent=True))
+    assert not is_worth_another_try(False, Failure(status, sent=True))
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 409, 422, 500, 501])
 def test_an_answer_that_would_be_the_same_again_is_final(status):
-    assert not is_worth_another_try("GET", Failure(status, sent=True))
+    assert not is_worth_another_try(True, Failure(status, sent=True))
+
+
+def test_a_conflict_that_says_when_to_come_back_is_a_lock():
+    assert is_worth_another_try(True, Failure(409, sent=True, retry_after=1.0))
+
+
+@pytest.mark.parametrize(("seconds", "worth"), [(60.0, True), (60.1, False)])
+def test_nobody_sleeps_for_longer_than_a_minute(seconds, worth):
+    assert is_worth_another_try(True, Failure(429, sent=True, retry_after=seconds)) is worth
 
 
 def test_the_delay_doubles_up_to_its_limit():
@@ -37,10 +45,9 @@ def test_jitter_shortens_a_delay_by_at_most_a_half():
     assert 1.0 < delay(3, jitter=0.999) < 1.1
 
 
-def test_retry_after_replaces_the_delay_and_is_capped():
+def test_retry_after_replaces_the_delay():
     assert delay(5, jitter=0.3, retry_after=0.0) == 0
     assert delay(1, jitter=0.3, retry_after=7.0) == 7
-    assert delay(1, jitter=0.3, retry_after=86_400.0) == 60
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ Answers have no defaults, are frozen, and keep fields that a newer server adds.
 
 from recoup.schemas.dataset import ChatRow, Message, Prompt, PromptRow, TextRow
 from recoup.schemas.diagnosis import CreateDiagnosis, Diagnosis, DiagnosisReport, ExamSpec, PositionsSpec
+from recoup.schemas.plan import CostEstimate, DryRun
 from recoup.schemas.recovery import (
     TERMINAL_STATES,
     Artifact,
@@ -87,6 +88,7 @@ __all__ = [
     "Checkpoint",
     "Choice",
     "Cost",
+    "CostEstimate",
     "CreateDiagnosis",
     "CreateRecovery",
     "Damage",
@@ -95,6 +97,7 @@ __all__ = [
     "Diagnosis",
     "DiagnosisReport",
     "DivergenceName",
+    "DryRun",
     "Estimate",
     "EvaluationSpec",
     "Event",

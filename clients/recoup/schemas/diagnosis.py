@@ -48,16 +48,16 @@ class CreateDiagnosis(Input):
     teacher: ModelRef
     """Its healthy original."""
     damage: Literal["auto"] | Damage = "auto"
-    prompts: Prompts = BuiltinPrompts(builtin="general")
+    prompts: Prompts = BuiltinPrompts.model_construct(builtin="general")
     max_length: Annotated[int, Field(ge=16, le=32_768)] = 1024
     """Tokens a sequence, prompt and answer together; a prompt that leaves too little room is dropped."""
-    generation: GenerationSpec = GenerationSpec()
-    evaluation: ExamSpec = ExamSpec()
-    alignment: PositionsSpec = PositionsSpec()
+    generation: GenerationSpec = GenerationSpec.model_construct()
+    evaluation: ExamSpec = ExamSpec.model_construct()
+    alignment: PositionsSpec = PositionsSpec.model_construct()
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     metadata: dict[MetadataKey, MetadataValue] = Field(default={}, max_length=16)
-    limits: Limits = Limits()
+    limits: Limits = Limits.model_construct()
 
     @model_validator(mode="after")
     def _recoverable(self) -> "CreateDiagnosis":

@@ -13,7 +13,7 @@ TERMINAL_STATES: frozenset[State] = frozenset({"cancelled", "succeeded", "failed
 
 
 class Output(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="allow")
+    model_config = ConfigDict(frozen=True, extra="allow", defer_build=True)  # built at its first use
 
 
 class Progress(Output):

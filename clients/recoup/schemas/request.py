@@ -2,6 +2,9 @@
 
 `CreateRecovery` refuses unknown fields, coerces nothing and bounds everything; a
 value that passed here needs no second look at its type further down.
+
+Importing this must cost little: models are built at their first use (`defer_build`), and
+defaults that are models are made by `model_construct`, which needs none to be built.
 """
 
 from typing import Annotated, Any, Literal
@@ -33,7 +36,7 @@ TaskName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_\-]{1,32}$")]
 
 
 class Input(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
 
 
 class ModelRef(Input):
@@ -113,7 +116,7 @@ class MethodSpec(Input):
     """Softens both distributions in the divergence; 1 is the distribution itself."""
     top_k: Annotated[int, Field(ge=2, le=4096)] | None = None
     """Keep only the teacher's likeliest tokens and the rest as one; null: the whole distribution."""
-    rollouts: RolloutSpec = RolloutSpec()
+    rollouts: RolloutSpec = RolloutSpec.model_construct()
 
 
 class LoraSpec(Input):
@@ -128,7 +131,7 @@ class LoraSpec(Input):
 class TrainingSpec(Input):
     mode: Literal["auto", "lora", "dora", "full", "norms"] = "auto"
     """`norms`: only norms and biases train. A pruned student's zeros stay zero in every merged model."""
-    lora: LoraSpec = LoraSpec()
+    lora: LoraSpec = LoraSpec.model_construct()
     steps: Literal["auto"] | Annotated[int, Field(ge=1, le=1_000_000)] = "auto"
     learning_rate: Literal["auto"] | Annotated[float, Field(gt=0.0, le=10.0)] = "auto"
     batch_size: Literal["auto"] | Annotated[int, Field(ge=1, le=4096)] = "auto"
@@ -187,7 +190,7 @@ class EvaluationSpec(Input):
     """At most so many held-out prompts decide the verdict."""
     validation_sequences: Annotated[int, Field(ge=8, le=10_000)] = 64
     """At most so many choose the checkpoint."""
-    gate: Gate = Gate()
+    gate: Gate = Gate.model_construct()
 
     @field_validator("tasks")
     @classmethod
@@ -229,20 +232,20 @@ class CreateRecovery(Input):
     teacher: ModelRef
     """Its healthy original."""
     damage: Literal["auto"] | Damage = "auto"
-    prompts: Prompts = BuiltinPrompts(builtin="general")
+    prompts: Prompts = BuiltinPrompts.model_construct(builtin="general")
     """General prompts on which ability is restored."""
     keep: FilePrompts | None = None
     """Prompts of the new skill that must not be lost; with a `completion` each they are scored by match."""
-    method: MethodSpec = MethodSpec()
-    training: TrainingSpec = TrainingSpec()
-    generation: GenerationSpec = GenerationSpec()
-    evaluation: EvaluationSpec = EvaluationSpec()
-    alignment: AlignmentSpec = AlignmentSpec()
-    output: OutputSpec = OutputSpec()
+    method: MethodSpec = MethodSpec.model_construct()
+    training: TrainingSpec = TrainingSpec.model_construct()
+    generation: GenerationSpec = GenerationSpec.model_construct()
+    evaluation: EvaluationSpec = EvaluationSpec.model_construct()
+    alignment: AlignmentSpec = AlignmentSpec.model_construct()
+    output: OutputSpec = OutputSpec.model_construct()
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] = {}
-    limits: Limits = Limits()
+    limits: Limits = Limits.model_construct()
 
     @model_validator(mode="after")
     def _fits_together(self) -> "CreateRecovery":
