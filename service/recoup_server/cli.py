@@ -1,4 +1,4 @@
-"""`recoup-server`: up | api | worker | demo | align. What each starts is imported only then."""
+"""`recoup-server`: up | api | worker | teacher | demo | align. What each starts is imported only then."""
 
 import signal
 import sys
@@ -11,7 +11,7 @@ import typer
 from recoup_jobs.settings import Settings
 
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
-DEFAULT_PORT = 8321
+DEFAULT_PORT, TEACHER_PORT = 8321, 8000
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Run Recoup's service and workers.")
 
@@ -77,6 +77,31 @@ def worker(home: Home = None) -> None:
     from recoup_worker.main import serve
 
     serve(_settings(home))
+
+
+@app.command(context_settings={"allow_extra_args": True})
+def teacher(
+    context: typer.Context,
+    model: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Folder of the teacher.")],
+    home: Home = None,
+    port: Port = TEACHER_PORT,
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="Longest sequence in tokens. [default: the model's]")
+    ] = None,
+) -> None:
+    """Serve a teacher by vLLM, from an environment of its own; more of vLLM's flags after `--`."""
+    from recoup_server.embedded import StartError
+    from recoup_server.teacher import Teacher, serve
+
+    asked = Teacher(model.resolve(), "127.0.0.1", port, max_length, tuple(context.args))
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        serve(asked, _settings(home), typer.echo)
+    except KeyboardInterrupt:
+        typer.echo("Stopped.")
+    except StartError as error:
+        typer.echo(str(error), err=True)
+        sys.exit(1)
 
 
 @app.command()

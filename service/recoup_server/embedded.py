@@ -23,6 +23,7 @@ from recoup_jobs.processes import bound, stop_group
 from recoup_jobs.settings import Settings
 
 START_SECONDS, STOP_SECONDS = 60.0, 40.0
+TAIL_LINES = 30
 
 
 class StartError(Exception):
@@ -55,7 +56,7 @@ def running(settings: Settings, host: str, port: int) -> Iterator[Installation]:
             _child(["api", "--host", host, "--port", str(port)], environment, settings.home / "api.log")
         )
         url = f"http://{host}:{port}"
-        _wait(lambda: _answers(url), api, settings.home / "api.log")
+        wait(lambda: _answers(url), api, settings.home / "api.log")
         worker = stack.enter_context(_child(["worker"], environment, settings.home / "worker.log"))
         yield Installation(url, {"api": api, "worker": worker})
 
@@ -73,8 +74,8 @@ def valkey(home: Path) -> Iterator[str]:
         options = {"port": "0", "unixsocket": str(socket), "unixsocketperm": "700", "dir": str(folder)}
         options |= {"appendonly": "yes", "save": "", "logfile": str(home / "valkey.log")}
         command = [str(get_binary_path()), *(word for k, v in options.items() for word in (f"--{k}", v))]
-        with _process(command, dict(os.environ), home / "valkey.log") as server:
-            _wait(lambda: _pings(socket), server, home / "valkey.log")
+        with process(command, dict(os.environ), home / "valkey.log") as server:
+            wait(lambda: _pings(socket), server, home / "valkey.log")
             yield f"redis+socket://{socket}"
 
 
@@ -92,13 +93,14 @@ def _only_one(home: Path) -> Iterator[None]:
 def _child(
     arguments: list[str], environment: dict[str, str], log: Path
 ) -> AbstractContextManager[subprocess.Popen[bytes]]:
-    return _process([sys.executable, "-m", "recoup_server", *arguments], environment, log)
+    return process([sys.executable, "-m", "recoup_server", *arguments], environment, log)
 
 
 @contextmanager
-def _process(command: list[str], environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def process(command: list[str], environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A child in a group of its own; it ends with this process and, with all its group, after the block."""
     with log.open("ab") as output:
-        process = subprocess.Popen(
+        child = subprocess.Popen(
             bound(command),
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -107,17 +109,22 @@ def _process(command: list[str], environment: dict[str, str], log: Path) -> Iter
             start_new_session=True,
         )
     try:
-        yield process
+        yield child
     finally:
-        stop_group(process, STOP_SECONDS)
+        stop_group(child, STOP_SECONDS)
 
 
-def _wait(ready: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
-    """Waits until `ready`; raises `StartError` if the process ends or takes too long."""
-    deadline = time.monotonic() + START_SECONDS
+def wait(
+    ready: Callable[[], bool],
+    child: subprocess.Popen[bytes],
+    log: Path,
+    seconds: float = START_SECONDS,
+) -> None:
+    """Waits until `ready`; raises `StartError` if the child ends or takes too long."""
+    deadline = time.monotonic() + seconds
     while not ready():
-        if process.poll() is not None or time.monotonic() > deadline:
-            tail = "\n".join(log.read_text(errors="replace").splitlines()[-8:])
+        if child.poll() is not None or time.monotonic() > deadline:
+            tail = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:])
             raise StartError(f"{log.stem} did not start; the end of {log} says:\n{tail}")
         time.sleep(0.1)
 
