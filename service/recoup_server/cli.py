@@ -108,11 +108,17 @@ def teacher(
 def demo(
     damage: Annotated[Literal["finetuning", "quantization", "pruning"], typer.Option()] = "finetuning",
     home: Home = None,
+    vllm: Annotated[bool, typer.Option("--vllm", help="The teacher answers from vLLM.")] = False,
 ) -> None:
     """Damage a real small model, recover it through the API, and print the verdict."""
     from recoup_server.demo import run_demo
+    from recoup_server.embedded import StartError
 
-    sys.exit(run_demo(damage, _settings(home)))
+    try:
+        sys.exit(run_demo(damage, _settings(home), by_vllm=vllm))
+    except StartError as error:
+        typer.echo(str(error), err=True)
+        sys.exit(1)
 
 
 @app.command()

@@ -74,7 +74,7 @@ def valkey(home: Path) -> Iterator[str]:
         options = {"port": "0", "unixsocket": str(socket), "unixsocketperm": "700", "dir": str(folder)}
         options |= {"appendonly": "yes", "save": "", "logfile": str(home / "valkey.log")}
         command = [str(get_binary_path()), *(word for k, v in options.items() for word in (f"--{k}", v))]
-        with process(command, dict(os.environ), home / "valkey.log") as server:
+        with _process(command, dict(os.environ), home / "valkey.log") as server:
             wait(lambda: _pings(socket), server, home / "valkey.log")
             yield f"redis+socket://{socket}"
 
@@ -93,14 +93,13 @@ def _only_one(home: Path) -> Iterator[None]:
 def _child(
     arguments: list[str], environment: dict[str, str], log: Path
 ) -> AbstractContextManager[subprocess.Popen[bytes]]:
-    return process([sys.executable, "-m", "recoup_server", *arguments], environment, log)
+    return _process([sys.executable, "-m", "recoup_server", *arguments], environment, log)
 
 
 @contextmanager
-def process(command: list[str], environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A child in a group of its own; it ends with this process and, with all its group, after the block."""
+def _process(command: list[str], environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     with log.open("ab") as output:
-        child = subprocess.Popen(
+        process = subprocess.Popen(
             bound(command),
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -109,21 +108,21 @@ def process(command: list[str], environment: dict[str, str], log: Path) -> Itera
             start_new_session=True,
         )
     try:
-        yield child
+        yield process
     finally:
-        stop_group(child, STOP_SECONDS)
+        stop_group(process, STOP_SECONDS)
 
 
 def wait(
     ready: Callable[[], bool],
-    child: subprocess.Popen[bytes],
+    process: subprocess.Popen[bytes],
     log: Path,
     seconds: float = START_SECONDS,
 ) -> None:
-    """Waits until `ready`; raises `StartError` if the child ends or takes too long."""
+    """Waits until `ready`; raises `StartError` if the process ends or takes too long."""
     deadline = time.monotonic() + seconds
     while not ready():
-        if child.poll() is not None or time.monotonic() > deadline:
+        if process.poll() is not None or time.monotonic() > deadline:
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:])
             raise StartError(f"{log.stem} did not start; the end of {log} says:\n{tail}")
         time.sleep(0.1)

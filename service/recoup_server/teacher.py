@@ -12,6 +12,7 @@ the end of its log.
 import json
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,16 +21,17 @@ from pathlib import Path
 
 import httpx2
 
+from recoup_jobs.processes import stop_group
 from recoup_jobs.settings import Settings
-from recoup_server.embedded import StartError, process, wait
+from recoup_server.embedded import STOP_SECONDS, StartError, wait
 
 START_SECONDS = 1200.0
 """Loading tens of gigabytes and compiling take their time."""
 LOOK_SECONDS = 1.0
 CPU_KV_GIB = 2
 HOW_TO = (
-    "vLLM needs an environment of its own. Make one (deploy/vllm/README.md says how, `make vllm` does it) "
-    "and name its Python in RECOUP_VLLM_PYTHON."
+    "vLLM needs an environment of its own: make one by `deploy/vllm/environment.sh FOLDER` and set "
+    "RECOUP_VLLM_PYTHON to FOLDER/bin/python."
 )
 INSPECT = """
 import json, importlib.metadata as m
@@ -74,7 +76,9 @@ def find_build(python: Path | None) -> Build:
     if python is None:
         raise StartError(f"RECOUP_VLLM_PYTHON is not set. {HOW_TO}")
     try:
-        said = subprocess.run([python, "-c", INSPECT], capture_output=True, text=True, check=True, timeout=60)
+        said = subprocess.run(
+            [*_python(python), "-c", INSPECT], capture_output=True, text=True, check=True, timeout=60
+        )
         found: dict[str, str] = json.loads(said.stdout)
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         raise StartError(
@@ -99,7 +103,7 @@ def command(teacher: Teacher, build: Build) -> list[str]:
     ours = [word for pair in options.items() for word in pair]
     # Compiling takes the CPU build minutes and gains nothing; bfloat16 is emulated where AMX is missing.
     ours += ["--dtype", "float32", "--enforce-eager"] if build.cpu else []
-    return [str(build.python), "-m", "vllm.entrypoints.openai.api_server", *ours, *teacher.flags]
+    return [*_python(build.python), "-m", "vllm.entrypoints.openai.api_server", *ours, *teacher.flags]
 
 
 def environment(build: Build, outer: dict[str, str]) -> dict[str, str]:
@@ -109,8 +113,7 @@ def environment(build: Build, outer: dict[str, str]) -> dict[str, str]:
         if build.cpu
         else {}
     )
-    inherited = {name: value for name, value in outer.items() if name not in {"PYTHONPATH", "RECOUP_API_KEY"}}
-    return OFFLINE | cpu | inherited
+    return OFFLINE | cpu | {name: value for name, value in outer.items() if name != "RECOUP_API_KEY"}
 
 
 def serve(teacher: Teacher, settings: Settings, tell: Callable[[str], None]) -> None:
@@ -142,9 +145,26 @@ def running(teacher: Teacher, build: Build, settings: Settings) -> Iterator[subp
         log.replace(log.with_suffix(".before.log"))
     if _is_well(teacher.url):
         raise StartError(f"Something answers at {teacher.url} already; stop it, or choose another --port.")
-    with process(command(teacher, build), environment(build, dict(os.environ)), log) as child:
-        wait(lambda: _is_well(teacher.url), child, log, START_SECONDS)
-        yield child
+    with log.open("ab") as output:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "recoup_server.guarded", *command(teacher, build)],
+            env=environment(build, dict(os.environ)),
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    with child:
+        try:
+            wait(lambda: _is_well(teacher.url), child, log, START_SECONDS)
+            yield child
+        finally:
+            stop_group(child, STOP_SECONDS)
+
+
+def _python(python: Path) -> list[str]:
+    """Python without our own PYTHONPATH: the two environments share nothing."""
+    return [str(python), "-E"]
 
 
 def _log(teacher: Teacher, settings: Settings) -> Path:
