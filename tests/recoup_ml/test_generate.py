@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from recoup.schemas import Prompt
 from recoup_ml import models
 from recoup_ml.errors import TeacherTruncated
-from recoup_ml.generate import BATCH, LocalEngine, usable
+from recoup_ml.generate import BATCH, LocalEngine, require_an_end, usable
 from recoup_ml.observation import observe
 from recoup_ml.sequences import Answered, Encoded, encode
 
@@ -133,3 +133,11 @@ def test_empty_answers_are_left_out() -> None:
 def test_no_answer_at_all_is_an_error_that_says_so() -> None:
     with pytest.raises(TeacherTruncated, match="None of the teacher's 2 answers"):
         usable([answered(""), answered(" ")])
+
+
+def test_answers_that_were_all_cut_are_refused_and_one_end_is_enough() -> None:
+    cut = Answered("", "", (1,), "a", (2, 3), "length")
+    with pytest.raises(TeacherTruncated, match=r"Every one of the teacher's 2 answers was cut at 7.*raise"):
+        require_an_end([cut, cut], 7)
+    require_an_end([cut, answered("a")], 7)
+    require_an_end([], 7)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from recoup.schemas import Prompt, RewriteCounts
 from recoup_ml import diagnose, models, results
 from recoup_ml.errors import EmptyDataset
-from recoup_ml.generate import Engine, LocalEngine, usable
+from recoup_ml.generate import Engine, LocalEngine, require_an_end, usable
 from recoup_ml.lessons import Lesson, distributions, texts
 from recoup_ml.observation import Observation, observe
 from recoup_ml.plan import Plan, make_plan
@@ -50,7 +50,9 @@ def generate(run: Run, journal: Journal, done: Done, folder: Path) -> None:
     counter = Counter(journal, 2 * (len(train) + len(validation) + len(keep)) + len(rewritten), "answers")
     limit = run.request.generation.max_new_tokens
     teacher = _teacher(run, tokenizer)
-    _answer(teacher, train, limit, folder / "train", counter)
+    answers = _answer(teacher, train, limit, folder / "train", counter)
+    if tokenizer.chat_template is not None:  # without one it continues texts, which need no end
+        require_an_end(answers, limit)
     _answer(teacher, validation, limit, folder / "validation", counter)
     if rewritten:
         _rewrite(run, teacher, rewritten, tokenizer, folder, counter)
@@ -157,12 +159,15 @@ def _student(run: Run, tokenizer: PreTrainedTokenizerBase) -> Speaker:
     return Speaker(model, LocalEngine(model, tokenizer), models.pad_id(tokenizer))
 
 
-def _answer(speaker: Speaker, prompts: Sequence[Encoded], limit: int, place: Path, counter: Counter) -> None:
+def _answer(
+    speaker: Speaker, prompts: Sequence[Encoded], limit: int, place: Path, counter: Counter
+) -> list[Answered]:
     if not prompts:
         raise EmptyDataset(f"No prompt for {place.name} is shorter than training.max_length.")
     answers, seen = speaker.speak(prompts, limit, counter)
     write_jsonl(place.with_suffix(".jsonl"), answers)
     seen.save(place.with_suffix(".safetensors"))
+    return answers
 
 
 def _with_references(prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -182,6 +187,7 @@ def _rewrite(
     short = encode(asked, tokenizer, run.request.training.max_length)
     limit = ROOM * run.request.generation.max_new_tokens
     answers = teacher.engine.answer(short, limit, counter.part(len(prompts)))
+    require_an_end(answers, limit)
     given = {answer.prompt_ids: answer for answer in answers}
     asked_ids = {id(item.prompt): item.ids for item in short}
     rows, origins = [], []

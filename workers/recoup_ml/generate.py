@@ -106,6 +106,19 @@ def usable(answers: Sequence[Answered]) -> list[Answered]:
     return kept
 
 
+def require_an_end(answers: Sequence[Answered], limit: int) -> None:
+    """Refuses answers none of which shows the student where to stop.
+
+    Raises:
+        TeacherTruncated: all were cut at `limit` tokens.
+    """
+    if answers and all(answer.finish == "length" for answer in answers):
+        raise TeacherTruncated(
+            f"Every one of the teacher's {len(answers)} answers was cut at {limit} tokens, so none has "
+            "an end to learn: raise generation.max_new_tokens."
+        )
+
+
 @contextmanager
 def _last_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
     """Inside the block: what the model's head is given for the last token of every pass, [B, D] each."""
