@@ -16,6 +16,7 @@ from recoup.schemas import Message, Prompt
 from recoup_ml.errors import TeacherContextTooShort, TeacherUnavailable
 from recoup_ml.sequences import Encoded, encode
 from recoup_ml.vllm_engine import LOOKAHEAD, Generator, Patience, Question, Row, Sampling, VllmEngine
+from recoup_ml.window import FIRST
 
 LIMIT = 12
 HASTY = Patience(answer=5.0, tries=2, outage=0.5)
@@ -92,6 +93,13 @@ def test_questions_are_taken_no_faster_than_they_are_answered(server: Any) -> No
 
     assert len({row.place for row in asyncio.run(some())}) == 50
     assert taken == LOOKAHEAD
+
+
+def test_the_last_questions_do_not_narrow_what_was_found(server: Any) -> None:
+    generator = Generator([server.url], HASTY)
+    for _ in range(20):
+        rows_of(generator, [Question(place, (5, place)) for place in range(FIRST // 2)], Sampling(3))
+    assert generator._windows[server.url].limit == FIRST
 
 
 def test_every_sample_of_a_question_is_a_row(server: Any) -> None:

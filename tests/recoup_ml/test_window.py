@@ -15,7 +15,7 @@ def usual(window: Window, rate: Callable[[int], float], answers: int) -> float:
     now, seen = 0.0, []
     for _ in range(answers):
         now += TOKENS / rate(window.limit)
-        window.answered(TOKENS, now, busy=True)
+        window.answered(TOKENS, now)
         seen.append(window.limit)
     return median(seen[answers // 2 :])
 
@@ -37,11 +37,14 @@ def test_a_server_that_slows_down_under_load_gets_less() -> None:
     assert usual(Window(), lambda width: 10.0 * width if width <= 64 else 41_000.0 / width, 8000) <= 130
 
 
-def test_answers_of_a_server_with_nothing_to_do_say_nothing() -> None:
-    window = Window()
-    for second in range(1000):
-        window.answered(TOKENS, float(second), busy=False)
-    assert window.limit == FIRST
+def test_a_server_that_answers_in_bursts_is_soon_asked_for_more() -> None:
+    """Answers of the same length end together."""
+    window, now = Window(), 0.0
+    for _ in range(5):
+        now += 0.5
+        for _ in range(window.limit):
+            window.answered(TOKENS, now)
+    assert window.limit >= 8 * FIRST
 
 
 def test_a_refusal_halves_the_window_down_to_one() -> None:

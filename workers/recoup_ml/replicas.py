@@ -71,6 +71,8 @@ class Replicas:
         self._watchers: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
         self._answered_at = 0.0
+        self.sated = True
+        """Whether there is more to ask than the replicas have room for: only then do windows learn."""
 
     async def __aenter__(self) -> "Replicas":
         self._replicas = [
@@ -94,8 +96,8 @@ class Replicas:
 
     @property
     def room(self) -> int:
-        """How many requests all replicas that answer may have at a time."""
-        return sum(replica.window.limit for replica in self._replicas if replica.lost is None)
+        """How many requests all replicas that are well may have at a time; one may always wait."""
+        return max(1, sum(replica.window.limit for replica in self._replicas if replica.lost is None))
 
     async def lease(self, avoided: Replica | None) -> Replica:
         """The replica to ask next, another than `avoided` where there is one; waits for room.
@@ -123,8 +125,9 @@ class Replicas:
     def answered(self, replica: Replica, tokens: int) -> None:
         """Gives a replica back that answered with so many tokens."""
         self._answered_at = time.monotonic()
-        replica.window.answered(tokens, self._answered_at, replica.in_flight >= replica.window.limit)
-        self.release(replica)
+        if self.sated:
+            replica.window.answered(tokens, self._answered_at)
+        self._give_back(replica)
 
     def refused(self, replica: Replica, seconds: float, reason: str) -> None:
         """Gives a replica back that wants to be left alone for so long.
@@ -138,7 +141,7 @@ class Replicas:
         if now >= replica.closed_until:
             replica.window.refused()
         replica.closed_until = max(replica.closed_until, now + seconds)
-        self.release(replica)
+        self._give_back(replica)
 
     def failed(self, replica: Replica, reason: str) -> None:
         """Gives a replica back that did not answer; it is left out until it is well, then asked for less."""
@@ -146,10 +149,9 @@ class Replicas:
             replica.lost = reason
             replica.window.refused()
             self._watch(replica)
-        self.release(replica)
+        self._give_back(replica)
 
-    def release(self, replica: Replica) -> None:
-        """Gives a replica back of which nothing new is known."""
+    def _give_back(self, replica: Replica) -> None:
         replica.in_flight -= 1
         self._changed.set()
 

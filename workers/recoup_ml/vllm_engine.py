@@ -124,7 +124,10 @@ class Generator:
         async with Replicas(self._windows, self._patience.answer, self._patience.outage) as replicas:
             try:
                 while True:
-                    for question in islice(asked, max(0, replicas.room - len(pending))):
+                    room = max(0, replicas.room - len(pending))
+                    taken = list(islice(asked, room))
+                    replicas.sated = len(taken) == room
+                    for question in taken:
                         task = asyncio.create_task(self._ask(replicas, question, sampling))
                         task.add_done_callback(finished.put_nowait)
                         pending.add(task)

@@ -38,14 +38,11 @@ class Window:
         self._best = _Best(FIRST, 0.0)
         self._begin_round(None)
 
-    def answered(self, tokens: int, now: float, busy: bool) -> None:
-        """One answer of so many tokens came; `busy` says that the window was full while it was made.
+    def answered(self, tokens: int, now: float) -> None:
+        """One answer of so many tokens came, and more was there to ask.
 
         What a server does with fewer requests than it may have says nothing about the window.
         """
-        if not busy:
-            self._begin_round(None)
-            return
         if self._began is None:
             self._begin_round(now)
             return
