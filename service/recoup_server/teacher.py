@@ -139,12 +139,12 @@ def running(teacher: Teacher, build: Build, settings: Settings) -> Iterator[subp
     Raises:
         StartError: it does not come up.
     """
+    if _is_well(teacher.url):
+        raise StartError(f"Something answers at {teacher.url} already; stop it, or choose another --port.")
     settings.home.mkdir(mode=0o700, parents=True, exist_ok=True)
     log = _log(teacher, settings)
     if log.exists():
         log.replace(log.with_suffix(".before.log"))
-    if _is_well(teacher.url):
-        raise StartError(f"Something answers at {teacher.url} already; stop it, or choose another --port.")
     with log.open("ab") as output:
         child = subprocess.Popen(
             [sys.executable, "-m", "recoup_server.guarded", *command(teacher, build)],
