@@ -22,7 +22,18 @@ from recoup.errors import (
     UnsafePathError,
     WaitTimeoutError,
 )
-from recoup.schemas import Alignment, Artifact, Capabilities, CreateRecovery, Event, File, Recovery, Report
+from recoup.schemas import (
+    Alignment,
+    Artifact,
+    Capabilities,
+    CreateDiagnosis,
+    CreateRecovery,
+    Diagnosis,
+    Event,
+    File,
+    Recovery,
+    Report,
+)
 
 if TYPE_CHECKING:
     from recoup.client import Client
@@ -41,7 +52,9 @@ __all__ = [
     "ChecksumError",
     "Client",
     "ConflictError",
+    "CreateDiagnosis",
     "CreateRecovery",
+    "Diagnosis",
     "Event",
     "File",
     "InternalServerError",

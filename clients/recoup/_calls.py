@@ -20,7 +20,9 @@ from recoup.schemas import (
     Alignment,
     Artifact,
     Capabilities,
+    CreateDiagnosis,
     CreateRecovery,
+    Diagnosis,
     Event,
     File,
     Page,
@@ -118,6 +120,33 @@ def get_artifact(id: str, path: str) -> Call[bytes]:
     return Call("GET", f"{_recovery(id)}/artifacts/{escaped}", bytes, headers=(("Accept", "*/*"),))
 
 
+def create_diagnosis(request: CreateDiagnosis) -> Call[Diagnosis]:
+    """Only what the caller set is sent: defaults stay the server's."""
+    body = request.model_dump(mode="json", exclude_unset=True)
+    return Call("POST", "/v1/diagnoses", _reader(Diagnosis), json=body)
+
+
+def get_diagnosis(id: str) -> Call[Diagnosis]:
+    return Call("GET", _diagnosis(id), _reader(Diagnosis))
+
+
+def await_diagnosis(seen: Diagnosis, wait: int) -> Call[Diagnosis | None]:
+    """The diagnosis as soon as it differs from what was seen, or None after `wait` seconds."""
+    condition = ("If-None-Match", f'"{seen.version}"')
+    return Call(
+        "GET",
+        _diagnosis(seen.id),
+        _diagnosis_unless_empty,
+        query=_query(wait=wait),
+        headers=(("Accept", "application/json"), condition),
+        hold=float(wait),
+    )
+
+
+def cancel_diagnosis(id: str) -> Call[Diagnosis]:
+    return Call("POST", f"{_diagnosis(id)}/cancel", _reader(Diagnosis))
+
+
 def create_file(path: Path, purpose: str) -> Call[File]:
     return Call("POST", "/v1/files", _reader(File), upload=Upload(path, purpose))
 
@@ -145,6 +174,10 @@ def _recovery(id: str) -> str:
     return f"/v1/recoveries/{_checked(id, 'recovery')}"
 
 
+def _diagnosis(id: str) -> str:
+    return f"/v1/diagnoses/{_checked(id, 'diagnosis')}"
+
+
 def _file(id: str) -> str:
     return f"/v1/files/{_checked(id, 'file')}"
 
@@ -169,6 +202,10 @@ def _read(model: type[M], body: bytes) -> M:
 
 def _recovery_unless_empty(body: bytes) -> Recovery | None:
     return Recovery.model_validate_json(body) if body else None
+
+
+def _diagnosis_unless_empty(body: bytes) -> Diagnosis | None:
+    return Diagnosis.model_validate_json(body) if body else None
 
 
 def _text(body: bytes) -> str:

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from recoup import _render, errors
 from recoup._watch import watch as watch_job
-from recoup.schemas import CreateRecovery, Match, Recovery
+from recoup.schemas import CreateDiagnosis, CreateRecovery, Match, Progress, Recovery
 
 if TYPE_CHECKING:
     from recoup.client import Client
@@ -91,6 +91,45 @@ def submit(
             _show(recovery, json, f"{recovery.id} {recovery.state}\n{then}")
         else:
             _watch(client, recovery.id, json)
+
+
+@app.command()
+def diagnose(
+    student: Annotated[str, typer.Option(help="The model to examine, as the server names it.")],
+    teacher: Annotated[str, typer.Option(help="Its healthy original.")],
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSONL of general prompts; default: built in.", **_FILE)
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(metavar=_TASK, help="JSONL of prompts with right answers to measure; may be repeated."),
+    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Where the teacher's answer is cut.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
+    json: Json = False,
+) -> None:
+    """Say how a model is damaged, without training it. Ctrl-C leaves the job running."""
+    tasks = [_task(option) for option in task or []]
+    fields = _given(
+        student={"source": student},
+        teacher={"source": teacher},
+        generation=_given(max_new_tokens=max_new_tokens),
+        evaluation=_given(tasks=[spec for spec, _ in tasks] or None),
+        seed=seed,
+    )
+    with _connected() as client:
+        CreateDiagnosis.model_validate(fields)  # before a file is uploaded for nothing
+        fields |= _uploaded(client, prompts=prompts)
+        if tasks:
+            sent = [spec | {"file": client.files.create(path).id} for spec, path in tasks]
+            fields |= {"evaluation": {"tasks": sent}}
+        found = client.diagnoses.wait(client.diagnoses.create(**fields).id, on_progress=_say)
+        if found.report is None:
+            _complain(f"{found.id} was {found.state}.", 1)
+        elif json:
+            typer.echo(found.model_dump_json(indent=2))
+        else:
+            _render.print_diagnosis(found.report, _console())
 
 
 @app.command()
@@ -171,6 +210,11 @@ def download(
     with _connected() as client:
         paths = [str(path) for path in client.recoveries.download(id, folder)]
         typer.echo(jsonlib.dumps(paths, indent=2) if json else "\n".join(paths))
+
+
+def _say(progress: Progress) -> None:
+    """On stderr, so that stdout holds the answer alone."""
+    typer.echo(f"{progress.stage}: {progress.done}/{progress.total} {_render.clean(progress.unit)}", err=True)
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from recoup.schemas import (
     AlignmentState,
     Baseline,
     Cost,
+    DamageReport,
+    DiagnosisReport,
     Estimate,
     Measure,
     Recovery,
@@ -32,6 +34,8 @@ def print_verdict(report: Report, console: Console) -> None:
     for line in verdict_lines(report):
         console.print(Text(line), soft_wrap=True)
     console.print(verdict_table(report))
+    for line in trajectory_lines(report.training):
+        console.print(Text(line), soft_wrap=True)
     for remark in report.remarks:
         console.print(Text(f"note: {clean(remark)}"), soft_wrap=True)
 
@@ -55,6 +59,52 @@ def _baseline_lines(baseline: Baseline | None) -> list[str]:
     return [
         f"best without training: {clean(baseline.label)}: {_estimate(baseline.recovered)}{kept}",
         f"lead over it: {_estimate(baseline.lead)}",
+    ]
+
+
+def print_diagnosis(report: DiagnosisReport, console: Console) -> None:
+    """What was found in the weights, what student and teacher measure, and how alike their layers are."""
+    needed = "there is something to recover" if report.needed else "there is nothing to recover"
+    console.print(Text(f"damage: {report.damage.kind}; {needed}"), soft_wrap=True)
+    for sentence in report.damage.evidence:
+        console.print(Text(f"  {clean(sentence)}"), soft_wrap=True)
+    console.print(_exam_table(report.measures))
+    console.print(_layers_table(report.damage, report.alignment))
+    for remark in report.remarks:
+        console.print(Text(f"note: {clean(remark)}"), soft_wrap=True)
+
+
+def _exam_table(measures: Sequence[Measure]) -> Table:
+    table = Table("measure", "teacher", "student", "n")
+    for measure in measures:
+        name, teacher, student, *_ = _measure_row(measure)
+        table.add_row(name, teacher, student, str(measure.n))
+    return table
+
+
+def _layers_table(damage: DamageReport, alignment: Alignment) -> Table:
+    """A line for each pair of corresponding layers: how far apart their weights, how alike their states."""
+    table = Table("student", "teacher", "weight distance", "CKA [95 %]", "ceiling", "floor")
+    distances = [None, *damage.distance_by_layer]
+    for place, (mine, theirs) in enumerate(alignment.layer_map):
+        names = alignment.student_layers[mine], alignment.teacher_layers[theirs]
+        values = alignment.ceiling[place], alignment.floor[place]
+        table.add_row(
+            *map(clean, names),
+            _number(distances[mine] if mine < len(distances) else None),
+            _estimate(alignment.before.diagonal[place]),
+            *map(_number, values),
+        )
+    return table
+
+
+def trajectory_lines(training: TrainingReport | None) -> list[str]:
+    """How alignment went with recovery along the training, where that was measured."""
+    found = training.trajectory.correlations if training and training.trajectory else []
+    return [
+        f"along the training, alignment ({clean(item.alignment)}) with recovery: "
+        f"Spearman {_estimate(item.spearman)}, Kendall {_estimate(item.kendall)}, n = {item.n}"
+        for item in found
     ]
 
 

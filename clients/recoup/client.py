@@ -24,6 +24,7 @@ from pydantic import ValidationError
 
 from recoup import __version__, _calls, _retry, errors
 from recoup._calls import Call
+from recoup.diagnoses import Diagnoses
 from recoup.files import Files
 from recoup.recoveries import Recoveries
 from recoup.schemas import Capabilities
@@ -37,6 +38,7 @@ class Client:
     """A connection to one Recoup server. Close it, or use it in a `with` statement."""
 
     recoveries: Recoveries
+    diagnoses: Diagnoses
     files: Files
 
     def __init__(
@@ -60,6 +62,7 @@ class Client:
         )
         self._sender = _Sender(self._http, timeout, max_retries)
         self.recoveries = Recoveries(self._sender)
+        self.diagnoses = Diagnoses(self._sender)
         self.files = Files(self._sender)
 
     def capabilities(self) -> Capabilities:

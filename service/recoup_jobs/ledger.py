@@ -1,12 +1,10 @@
-"""The ledger: what every recovery is, was and may become. The row is the truth; messages are hints.
+"""The ledger: what every job is, was and may become. The row is the truth; messages are hints.
 
 Clients create, read and cancel. Workers claim, and then write under their claim's epoch.
 Each method is one transaction; each change of state comes with its event. How claims work
 stands in `claims.py`, how a row changes together with its history in `history.py`.
 """
 
-import re
-import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
@@ -18,11 +16,10 @@ from recoup_jobs.claims import Claim, abandoned, fence, give_back, held_by, take
 from recoup_jobs.database import READ_ONLY, connect, migrate
 from recoup_jobs.errors import BadRequest, Conflict, NotFound
 from recoup_jobs.history import EventType, append, move
+from recoup_jobs.kinds import JOB_ID, PREFIXES, JobKind, kind_of, new_id
 from recoup_jobs.pages import page
 from recoup_jobs.settings import Settings
 from recoup_jobs.tables import events, jobs, now, stages
-
-JOB_ID = re.compile(r"rec_[0-9a-f]{24}")
 
 
 def open_ledger(settings: Settings) -> "Ledger":
@@ -53,8 +50,8 @@ class Ledger:
 
     # What clients do
 
-    def create(self, request: CreateRecovery, queue: str) -> Recovery:
-        id = f"rec_{secrets.token_hex(12)}"
+    def create(self, request: CreateRecovery, queue: str, kind: JobKind = "recovery") -> Recovery:
+        id = new_id(kind)
         row = {
             "id": id,
             "state": "queued",
@@ -73,8 +70,9 @@ class Ledger:
             return _recovery(_job(conn, id))
 
     def list(self, after: str | None, limit: int, state: State | None = None) -> Page[Recovery]:
-        """Newest first, from the job that came before `after`."""
-        query = select(jobs).order_by(jobs.c.number.desc()).limit(limit + 1)
+        """Newest first, from the recovery that came before `after`."""
+        recoveries = jobs.c.id.startswith(PREFIXES["recovery"], autoescape=True)
+        query = select(jobs).where(recoveries).order_by(jobs.c.number.desc()).limit(limit + 1)
         if state is not None:
             query = query.where(jobs.c.state == state)
         with self.reading() as conn:
@@ -168,7 +166,8 @@ class Ledger:
         with self._fenced(claim) as (conn, _):
             append(conn, claim.job_id, claim.epoch, type, data)
 
-    def succeed(self, claim: Claim, outcome: Outcome) -> None:
+    def succeed(self, claim: Claim, outcome: Outcome | None) -> None:
+        """A diagnosis has no outcome."""
         with self._fenced(claim) as (conn, job):
             move(conn, job, "succeeded", {"outcome": outcome}, outcome=outcome)
 
@@ -196,7 +195,8 @@ def _job(conn: Connection, id: str, lock: bool = False) -> Row[Any]:
     query = select(jobs).where(jobs.c.id == id)
     job = conn.execute(query.with_for_update() if lock else query).first() if JOB_ID.fullmatch(id) else None
     if job is None:
-        raise NotFound("recovery_not_found", "there is no recovery of this id")
+        kind = kind_of(id)
+        raise NotFound(f"{kind}_not_found", f"there is no {kind} of this id")
     return job
 
 

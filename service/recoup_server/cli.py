@@ -125,7 +125,7 @@ def demo(
 def align(
     student: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Folder of one model.")],
     teacher: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Folder of the other.")],
-    out: Annotated[Path, typer.Option(help="Folder for alignment.json, .csv, .png and .svg.")],
+    out: Annotated[Path, typer.Option(help="Folder for alignment.json, .csv, .png, .svg and .safetensors.")],
     prompts: Annotated[
         Path | None,
         typer.Option(exists=True, dir_okay=False, help="JSONL of prompts or text. [default: built in]"),
@@ -135,6 +135,7 @@ def align(
     max_length: Annotated[int, typer.Option(min=2, max=32_768, help="Where a text is cut.")] = 256,
     completion_only: Annotated[bool, typer.Option(help="Compare only tokens of completions.")] = False,
     controls: Annotated[bool, typer.Option(help="Also measure ceiling and floor.")] = True,
+    pooled: Annotated[bool, typer.Option(help="Compare texts by their means, not tokens.")] = False,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
     json: Annotated[bool, typer.Option(help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -142,7 +143,7 @@ def align(
     from recoup_server.align import Comparison, run_align
 
     asked = Comparison(
-        student, teacher, prompts, out, texts, tokens, max_length, completion_only, controls, seed
+        student, teacher, prompts, out, texts, tokens, max_length, completion_only, controls, pooled, seed
     )
     sys.exit(run_align(asked, json))
 

@@ -108,6 +108,25 @@ def test_a_missing_model_is_refused_before_anything_is_queued(client: Client, mo
     assert refused.value.code == "model_not_found"
 
 
+def test_a_diagnosis_comes_back_with_its_report_and_trains_nothing(
+    client: Client, models: Path, write_rows: Callable[[int], Path]
+) -> None:
+    prompts = client.files.create(write_rows(200))
+    small = {"generation": {"max_new_tokens": 12}, "evaluation": {"test_sequences": 32}}
+    job = client.diagnoses.create(
+        student="student",
+        teacher="teacher",
+        prompts={"file": prompts.id},
+        alignment={"positions": 256},
+        **small,
+    )
+    found = client.diagnoses.wait(job.id, timeout=400)
+    assert found.state == "succeeded" and found.report is not None and found.report.needed
+    assert found.report.measures[0].name == "kl" and found.report.alignment.after is None
+    assert list(found.report.cost.stage_seconds) == ["preflight", "diagnose"]
+    assert job.id not in {recovery.id for recovery in client.recoveries.list()}
+
+
 def _runner_of(id: str) -> psutil.Process:
     (runner,) = _runners_of(id)
     return runner

@@ -164,6 +164,7 @@ def test_report_prints_the_verdict_and_writes_the_page(run, id, tmp_path):
     assert result.exit_code == 0, result.output
     assert "recovered fraction: 0.830 [0.780, 0.880]" in result.stdout
     assert "note: Alignment and behaviour agree." in result.stdout
+    assert "alignment (mean) with recovery: Spearman 0.900 [0.550, 0.980], Kendall –, n = 9" in result.stdout
     assert (tmp_path / "report.html").read_text() == "<html>the report</html>"
 
 

@@ -5,6 +5,7 @@ Answers have no defaults, are frozen, and keep fields that a newer server adds.
 """
 
 from recoup.schemas.dataset import ChatRow, Message, Prompt, PromptRow, TextRow
+from recoup.schemas.diagnosis import CreateDiagnosis, Diagnosis, DiagnosisReport, ExamSpec, PositionsSpec
 from recoup.schemas.recovery import (
     TERMINAL_STATES,
     Artifact,
@@ -24,6 +25,7 @@ from recoup.schemas.recovery import (
 )
 from recoup.schemas.report import (
     Alignment,
+    AlignmentPoint,
     AlignmentState,
     Baseline,
     Checkpoint,
@@ -31,9 +33,12 @@ from recoup.schemas.report import (
     Cost,
     DamageReport,
     Estimate,
+    LayerDistance,
     Measure,
+    OutputForm,
     PhaseReport,
     Provenance,
+    RankCorrelation,
     Report,
     RewriteCounts,
     Sample,
@@ -41,6 +46,7 @@ from recoup.schemas.report import (
     Stopped,
     TrainingPoint,
     TrainingReport,
+    Trajectory,
     TriedRepair,
 )
 from recoup.schemas.request import (
@@ -68,6 +74,7 @@ from recoup.schemas.request import (
 __all__ = [
     "TERMINAL_STATES",
     "Alignment",
+    "AlignmentPoint",
     "AlignmentSpec",
     "AlignmentState",
     "Artifact",
@@ -78,19 +85,24 @@ __all__ = [
     "Checkpoint",
     "Choice",
     "Cost",
+    "CreateDiagnosis",
     "CreateRecovery",
     "Damage",
     "DamageReport",
     "DeletedFile",
+    "Diagnosis",
+    "DiagnosisReport",
     "DivergenceName",
     "Estimate",
     "EvaluationSpec",
     "Event",
+    "ExamSpec",
     "File",
     "FilePrompts",
     "Gate",
     "GenerationSpec",
     "JobError",
+    "LayerDistance",
     "Limits",
     "LoraSpec",
     "Match",
@@ -100,15 +112,18 @@ __all__ = [
     "MethodSpec",
     "ModelRef",
     "Outcome",
+    "OutputForm",
     "OutputSpec",
     "Page",
     "PhaseReport",
+    "PositionsSpec",
     "Problem",
     "ProblemItem",
     "Progress",
     "Prompt",
     "PromptRow",
     "Provenance",
+    "RankCorrelation",
     "Recovery",
     "Report",
     "RewriteCounts",
@@ -123,5 +138,6 @@ __all__ = [
     "TrainingPoint",
     "TrainingReport",
     "TrainingSpec",
+    "Trajectory",
     "TriedRepair",
 ]
