@@ -70,8 +70,8 @@ def test_a_replica_that_dies_in_the_middle_costs_no_row(replicas: list[Any]) -> 
 def test_a_replica_that_comes_back_is_asked_again(replicas: list[Any]) -> None:
     returning, other = replicas
     returning.die()
-    other.reply = slowly(0.1)
-    back = threading.Timer(0.3, returning.live)
+    other.reply = slowly(0.3)
+    back = threading.Timer(0.1, returning.live)
     back.start()
     assert_every_row_once(rows_of(replicas))
     back.join()
