@@ -159,11 +159,12 @@ class Speaker:
 
 def _teacher(run: Run, tokenizer: PreTrainedTokenizerBase, kept: KeptBatches) -> Speaker:
     model = models.load(run.teacher)
-    engine = diagnose.engine(run, model, tokenizer)
-    if isinstance(engine, LocalEngine):
+    asked = diagnose.engine(run, model, tokenizer)
+    engine: Engine = asked
+    if isinstance(asked, LocalEngine):
         engine = LocalEngine(model, tokenizer, kept=kept)
     elif run.answers:
-        engine = CachedEngine(engine, run.answers, sha256(run.teacher), tokenizer)
+        engine = CachedEngine(asked, run.answers, sha256(run.teacher), tokenizer)
     return Speaker(model, engine, models.pad_id(tokenizer))
 
 

@@ -18,7 +18,7 @@ from recoup.schemas import Splits
 from recoup_ml import damage, measures, models, results, verdict
 from recoup_ml.alignment import GROUPS, Positions, choose_positions
 from recoup_ml.errors import EmptyDataset, NonFiniteWeights, TeacherMismatch
-from recoup_ml.generate import Engine, LocalEngine, usable
+from recoup_ml.generate import LocalEngine, usable
 from recoup_ml.observation import Observation, observe, save_states
 from recoup_ml.probe import Probe, make_probe
 from recoup_ml.results import Behaviour, Diagnosis
@@ -104,7 +104,9 @@ def split_prompts(run: Run) -> Split:
     return split(run.prompts, wanted.test_sequences, wanted.validation_sequences, asked)
 
 
-def engine(run: Run, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Engine:
+def engine(
+    run: Run, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> LocalEngine | VllmEngine:
     """Who answers for the teacher: servers if the run names any, else the model itself."""
     return VllmEngine(run.vllm_urls, tokenizer) if run.vllm_urls else LocalEngine(teacher, tokenizer)
 

@@ -184,16 +184,23 @@ class VllmEngine:
         asyncio.run(self._generator.served())
 
     def answer(self, prompts: Sequence[Encoded], max_new_tokens: int, tick: Tick) -> list[Answered]:
+        found: dict[int, Answered] = {}
+
+        def take(place: int, answer: Answered) -> None:
+            found[place] = answer
+            tick(len(found))
+
+        self.each(prompts, max_new_tokens, take)
+        return [found[place] for place in range(len(prompts))]
+
+    def each(
+        self, prompts: Sequence[Encoded], max_new_tokens: int, take: Callable[[int, Answered], None]
+    ) -> None:
+        """Gives `take` the place of a prompt and its answer, as soon as it comes, in any order."""
         sampling = Sampling(max_new_tokens, stop_ids=(self._tokenizer.eos_token_id,))
         questions = (Question(place, prompt.ids) for place, prompt in enumerate(prompts))
-        rows: dict[int, Row] = {}
-
-        def take(row: Row) -> None:
-            rows[row.place] = row
-            tick(len(rows))
-
-        asyncio.run(_each(self._generator.rows(questions, sampling), take))
-        return [self._answered(prompt, rows[place]) for place, prompt in enumerate(prompts)]
+        rows = self._generator.rows(questions, sampling)
+        asyncio.run(_each(rows, lambda row: take(row.place, self._answered(prompts[row.place], row))))
 
     def _answered(self, prompt: Encoded, row: Row) -> Answered:
         text = self._tokenizer.decode(row.ids, skip_special_tokens=True)
