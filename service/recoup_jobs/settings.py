@@ -47,7 +47,9 @@ class Settings(BaseSettings):
     broker_url: Annotated[str | None, Field(repr=False)] = None
     """Redis or Valkey; without it nobody publishes hints."""
     vllm_urls: Annotated[list[str], NoDecode] = []
-    """Comma separated."""
+    """Servers of the same teacher, comma separated."""
+    vllm_python: Path | None = None
+    """The Python of the environment that holds vLLM, for `recoup-server teacher`."""
     model_roots: Annotated[list[Path], NoDecode] = []
     """Folders below which models may lie, comma separated; default: `models` below `home`."""
     api_key: SecretStr | None = None

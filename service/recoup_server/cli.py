@@ -1,4 +1,4 @@
-"""`recoup-server`: up | api | worker | keys | demo | align. What each starts is imported only then."""
+"""`recoup-server`: up | api | worker | teacher | keys | demo | align. Each imports what it starts only then."""
 
 import signal
 import sys
@@ -12,7 +12,7 @@ from recoup_jobs.settings import Settings
 from recoup_server import keys
 
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
-DEFAULT_PORT = 8321
+DEFAULT_PORT, TEACHER_PORT = 8321, 8000
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Run Recoup's service and workers.")
 
@@ -83,15 +83,46 @@ def worker(home: Home = None) -> None:
     serve(_settings(home))
 
 
+@app.command(context_settings={"allow_extra_args": True})
+def teacher(
+    context: typer.Context,
+    model: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Folder of the teacher.")],
+    home: Home = None,
+    port: Port = TEACHER_PORT,
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="Longest sequence in tokens. [default: the model's]")
+    ] = None,
+) -> None:
+    """Serve a teacher by vLLM, from an environment of its own; more of vLLM's flags after `--`."""
+    from recoup_server.embedded import StartError
+    from recoup_server.teacher import Teacher, serve
+
+    asked = Teacher(model.resolve(), "127.0.0.1", port, max_length, tuple(context.args))
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        serve(asked, _settings(home), typer.echo)
+    except KeyboardInterrupt:
+        typer.echo("Stopped.")
+    except StartError as error:
+        typer.echo(str(error), err=True)
+        sys.exit(1)
+
+
 @app.command()
 def demo(
     damage: Annotated[Literal["finetuning", "quantization", "pruning"], typer.Option()] = "finetuning",
     home: Home = None,
+    vllm: Annotated[bool, typer.Option("--vllm", help="The teacher answers from vLLM.")] = False,
 ) -> None:
     """Damage a real small model, recover it through the API, and print the verdict."""
     from recoup_server.demo import run_demo
+    from recoup_server.embedded import StartError
 
-    sys.exit(run_demo(damage, _settings(home)))
+    try:
+        sys.exit(run_demo(damage, _settings(home), by_vllm=vllm))
+    except StartError as error:
+        typer.echo(str(error), err=True)
+        sys.exit(1)
 
 
 @app.command()

@@ -10,6 +10,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from recoup._render import print_verdict
 from recoup._watch import watch
 from recoup_jobs.settings import Settings
 from recoup_ml.tickets import ticket_rows
+from recoup_server import teacher
 from recoup_server.embedded import running
 from recoup_server.memory import PeakMemory
 
@@ -31,17 +34,23 @@ REQUEST: dict[str, Any] = {
 }
 """What the demo asks for beside the two models: small, so that it ends in minutes on two cores."""
 
-
+TEACHER_TOKENS = 2048
+"""Longest sequence that vLLM takes: `training.max_length` and more."""
 KEPT_TICKETS, KEPT_SEED = 256, 1
 """Other tickets than those the student was tuned on."""
 
 
-def run_demo(damage: str, settings: Settings) -> int:
-    """Runs it all; the exit code is 0 if the recovery succeeded, whatever its outcome."""
+def run_demo(damage: str, settings: Settings, *, by_vllm: bool) -> int:
+    """Runs it all; the exit code is 0 if the recovery succeeded, whatever its outcome.
+
+    `by_vllm`: the teacher answers from a vLLM that is started for it.
+    """
     console = Console()
-    with PeakMemory() as memory:
+    with PeakMemory() as memory, ExitStack() as stack:
         began = time.monotonic()
         _make_models(damage, settings.model_roots[0], console)
+        if by_vllm:
+            settings = stack.enter_context(_served(settings, console))
         with running(settings, "127.0.0.1", _free_port()) as installation:
             console.print(f"Recoup is up on {installation.url}.")
             with Client(installation.url) as client:
@@ -51,6 +60,17 @@ def run_demo(damage: str, settings: Settings) -> int:
             f"peak memory of all processes {memory.peak / 2**30:.2f} GiB"
         )
     return 0 if succeeded else 1
+
+
+@contextmanager
+def _served(settings: Settings, console: Console) -> Iterator[Settings]:
+    """Settings in which a vLLM answers for the healthy model."""
+    build = teacher.find_build(settings.vllm_python)
+    asked = teacher.Teacher(settings.model_roots[0] / HEALTHY, "127.0.0.1", _free_port(), TEACHER_TOKENS, ())
+    console.print(f"starting vLLM {build.version} for {HEALTHY} …")
+    with teacher.running(asked, build, settings):
+        console.print(f"vLLM answers for {HEALTHY} at {asked.url}.")
+        yield settings.model_copy(update={"vllm_urls": [asked.url]})
 
 
 def student_name(damage: str) -> str:

@@ -26,6 +26,7 @@ from recoup_jobs.processes import bound, stop_group
 from recoup_jobs.settings import Settings
 
 START_SECONDS, STOP_SECONDS = 60.0, 40.0
+TAIL_LINES = 30
 
 
 class StartError(Exception):
@@ -58,7 +59,7 @@ def running(settings: Settings, host: str, port: int) -> Iterator[Installation]:
             _child(["api", "--host", host, "--port", str(port)], environment, settings.home / "api.log")
         )
         url = f"http://{host}:{port}"
-        _wait(lambda: _answers(url), api, settings.home / "api.log")
+        wait(lambda: _answers(url), api, settings.home / "api.log")
         worker = stack.enter_context(_child(["worker"], environment, settings.home / "worker.log"))
         yield Installation(url, {"api": api, "worker": worker})
 
@@ -79,7 +80,7 @@ def valkey(home: Path) -> Iterator[str]:
         options |= {"appendonly": "yes", "save": "", "logfile": str(home / "valkey.log")}
         command = [str(get_binary_path()), *(word for k, v in options.items() for word in (f"--{k}", v))]
         with _process(command, dict(os.environ), home / "valkey.log") as server:
-            _wait(lambda: _pings(socket), server, home / "valkey.log")
+            wait(lambda: _pings(socket), server, home / "valkey.log")
             yield f"redis+socket://{socket}"
     note.unlink()
 
@@ -134,12 +135,17 @@ def _process(command: list[str], environment: dict[str, str], log: Path) -> Iter
         stop_group(process, STOP_SECONDS)
 
 
-def _wait(ready: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
+def wait(
+    ready: Callable[[], bool],
+    process: subprocess.Popen[bytes],
+    log: Path,
+    seconds: float = START_SECONDS,
+) -> None:
     """Waits until `ready`; raises `StartError` if the process ends or takes too long."""
-    deadline = time.monotonic() + START_SECONDS
+    deadline = time.monotonic() + seconds
     while not ready():
         if process.poll() is not None or time.monotonic() > deadline:
-            tail = "\n".join(log.read_text(errors="replace").splitlines()[-8:])
+            tail = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:])
             raise StartError(f"{log.stem} did not start; the end of {log} says:\n{tail}")
         time.sleep(0.1)
 

@@ -5,15 +5,19 @@ seconds on prompts such as `reverse : red fox seven`. It is small enough for a r
 seconds, and healthy enough for damage to show.
 """
 
+import contextlib
 import json
 import random
 import shutil
+import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -267,7 +271,7 @@ def make_run(
             keep=keep,
             tasks=tasks,
             natural_text=natural_text,
-            vllm_url=None,
+            vllm_urls=(),
         )
 
     return make
@@ -334,66 +338,147 @@ def open_journal() -> type[FolderJournal]:
     return FolderJournal
 
 
-class CompletionsServer:
-    """An OpenAI-compatible completions server on loopback that gives its choices in any order.
+class Refusal(NamedTuple):
+    """An answer of an upstream that is not 200."""
 
-    It echoes the end of each prompt, unless `answer` says otherwise; `reply` may change what is sent,
-    and a number sent in its place is that status.
+    status: int
+    headers: Mapping[str, str] = MappingProxyType({})
+
+
+class CompletionsServer:
+    """A vLLM as it looks from outside, on loopback; it gives the choices of an answer in any order.
+
+    It echoes the end of each prompt, unless `answer` says otherwise. `reply` may change what is sent, take
+    its time, or refuse. `die` breaks every connection in the middle, as SIGKILL does; `live` brings it back
+    on the same port.
     """
 
     def __init__(self) -> None:
         self.bodies: list[dict[str, Any]] = []
-        self.models = ["teacher"]
+        self.busy, self.most_busy = 0, 0
+        self.models: list[dict[str, Any]] = [{"id": "teacher", "max_model_len": 4096}]
+        self.healthy = True
         self.answer: Callable[[list[int], int], list[int]] = lambda ids, limit: [*ids[-4:], 2][:limit]
-        self.reply: Callable[[dict[str, Any]], dict[str, Any] | bytes | int] = lambda answer: answer
-        server = self
+        self.reply: Callable[[dict[str, Any]], dict[str, Any] | bytes | Refusal] = lambda answer: answer
+        self._lock, self._port = threading.Lock(), 0
+        self._connections: set[socket.socket] = set()
+        self.live()
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                self._send({"data": [{"id": name} for name in server.models]})
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
 
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                server.bodies.append(body)
-                self._send(server.reply(server.complete(body)))
-
-            def _send(self, reply: dict[str, Any] | bytes | int) -> None:
-                status = reply if isinstance(reply, int) else 200
-                content = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *_: object) -> None: ...
-
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._http.daemon_threads = True
+    def live(self) -> None:
+        self._http = _Listener(("127.0.0.1", self._port), partial(_Upstream, self))
+        self._port = self._http.server_port
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,))
         self._thread.start()
-        self.url = f"http://127.0.0.1:{self._http.server_port}"
 
-    def complete(self, body: dict[str, Any]) -> dict[str, Any]:
-        answers = [self.answer(ids, body["max_tokens"]) for ids in body["prompt"]]
-        choices = [
-            {
-                "index": index,
-                "text": "",
-                "token_ids": ids,
-                "finish_reason": "stop" if ids[-1] == 2 else "length",
-            }
-            for index, ids in enumerate(answers)
-        ]
-        return {"choices": random.Random(0).sample(choices, len(choices))}
+    def die(self) -> None:
+        self.stop()
+        with self._lock:
+            for connection in self._connections:
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
 
     def stop(self) -> None:
         self._http.shutdown()
         self._thread.join()
         self._http.server_close()
 
+    def opened(self, connection: socket.socket) -> None:
+        with self._lock:
+            self._connections.add(connection)
+
+    def closed(self, connection: socket.socket) -> None:
+        with self._lock:
+            self._connections.discard(connection)
+
+    def respond(self, body: dict[str, Any]) -> dict[str, Any] | bytes | Refusal:
+        with self._lock:
+            self.bodies.append(body)
+            self.busy += 1
+            self.most_busy = max(self.busy, self.most_busy)
+        try:
+            return self.reply(self._complete(body))
+        finally:
+            with self._lock:
+                self.busy -= 1
+
+    def _complete(self, body: dict[str, Any]) -> dict[str, Any]:
+        said = [message["content"] for message in body.get("messages", [])]
+        ids = self.answer(body.get("prompt") or [len(text) for text in said], body["max_tokens"])
+        text = {"message": {"content": " ".join(said)}} if said else {"text": ""}
+        finish = "stop" if ids[-1] == 2 else "length"
+        choices = [
+            {"index": index, "token_ids": ids, "finish_reason": finish} | text for index in range(body["n"])
+        ]
+        return {"choices": random.Random(0).sample(choices, len(choices))}
+
+
+class _Listener(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 256
+
+
+class _Upstream(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def __init__(self, server: CompletionsServer, *args: Any) -> None:
+        self.upstream = server
+        super().__init__(*args)
+
+    def setup(self) -> None:
+        super().setup()
+        self.upstream.opened(self.connection)
+
+    def finish(self) -> None:
+        self.upstream.closed(self.connection)
+        super().finish()
+
+    def handle(self) -> None:
+        with contextlib.suppress(OSError):
+            super().handle()
+
+    def do_GET(self) -> None:
+        if self.path == "/health":
+            self._send({} if self.upstream.healthy else Refusal(503))
+        else:
+            self._send({"data": self.upstream.models})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self._send(self.upstream.respond(body | {"path": self.path}))
+
+    def _send(self, reply: dict[str, Any] | bytes | Refusal) -> None:
+        status, headers = reply if isinstance(reply, Refusal) else (200, {})
+        told = {"error": "no"} if isinstance(reply, Refusal) else reply
+        content = told if isinstance(told, bytes) else json.dumps(told).encode()
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None: ...
+
 
 @pytest.fixture
 def server() -> Iterator[CompletionsServer]:
     running = CompletionsServer()
     yield running
-    running.stop()
+    running.die()
+
+
+@pytest.fixture
+def refusal() -> type[Refusal]:
+    return Refusal
+
+
+@pytest.fixture
+def replicas() -> Iterator[list[CompletionsServer]]:
+    """Two servers that serve the same."""
+    running = [CompletionsServer(), CompletionsServer()]
+    yield running
+    for one in running:
+        one.die()

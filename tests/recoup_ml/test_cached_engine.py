@@ -10,34 +10,37 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from recoup.schemas import Prompt
-from recoup_ml.cached_engine import ASKED, CachedEngine
-from recoup_ml.generate import Tick
+from recoup_ml import cached_engine
+from recoup_ml.answer_cache import AnswerCache
+from recoup_ml.cached_engine import CachedEngine
 from recoup_ml.recipe import recover
 from recoup_ml.run import Run
 from recoup_ml.sequences import Answered, Encoded
 
+ASKED = 306
+
 
 class Echo:
-    """Answers with the prompt's last tokens; breaks when it has answered `most` batches."""
+    """Answers with the prompt's last tokens, last prompt first; breaks when it has answered `most`."""
 
     def __init__(self, most: int = 1000) -> None:
         self.asked: list[tuple[int, ...]] = []
-        self._left = most
+        self._most = most
 
-    def answer(self, prompts: Sequence[Encoded], max_new_tokens: int, tick: Tick) -> list[Answered]:
-        if not self._left:
-            raise ConnectionResetError
-        self._left -= 1
-        self.asked += [prompt.ids for prompt in prompts]
-        return [
-            Answered("", "", prompt.ids, "", (*prompt.ids[-max_new_tokens:], 2), "stop") for prompt in prompts
-        ]
+    def each(
+        self, prompts: Sequence[Encoded], max_new_tokens: int, take: Callable[[int, Answered], None]
+    ) -> None:
+        for place, prompt in reversed([*enumerate(prompts)]):
+            if len(self.asked) == self._most:
+                raise ConnectionResetError
+            self.asked.append(prompt.ids)
+            ids = (*prompt.ids[-max_new_tokens:], 2)
+            take(place, Answered("", "", prompt.ids, "", ids, "stop"))
 
 
 @pytest.fixture
 def asked(prompts: list[Prompt]) -> list[Encoded]:
-    """More than are asked together."""
-    return [Encoded(prompts[0], (number % 100, number // 100, 7, 8)) for number in range(ASKED + 50)]
+    return [Encoded(prompts[0], (number % 100, number // 100, 7, 8)) for number in range(ASKED)]
 
 
 def answer(
@@ -50,15 +53,30 @@ def answer(
 def test_after_a_crash_only_what_is_missing_is_asked(
     asked: list[Encoded], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    broken, second = Echo(most=1), Echo()
+    broken, second = Echo(most=201), Echo()
     with pytest.raises(ConnectionResetError):
         answer(broken, asked, tmp_path, tokenizer)
     found, told = answer(second, asked, tmp_path, tokenizer)
-    assert len(broken.asked) == ASKED
+    assert len(broken.asked) == 201
     assert sorted(broken.asked + second.asked) == sorted(prompt.ids for prompt in asked)
     assert [item.prompt_ids for item in found] == [prompt.ids for prompt in asked]
     assert found == answer(Echo(), asked, tmp_path / "whole", tokenizer)[0]
-    assert told == [ASKED, ASKED + 50]
+    assert told == [*range(201, ASKED + 1)]
+
+
+def test_an_answer_is_safe_before_the_next_one_comes(
+    asked: list[Encoded], tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that is killed gets no chance to put anything away."""
+    monkeypatch.setattr(cached_engine, "SAFE_SECONDS", 0.0)
+    safe: list[int] = []
+
+    def look(_done: int) -> None:
+        with AnswerCache(tmp_path) as cache:
+            safe.append(len(cache))
+
+    CachedEngine(Echo(), tmp_path, "0a1b", tokenizer).answer(asked[:9], 3, look)
+    assert safe == [*range(10)]
 
 
 def test_another_recovery_asks_nothing_again(
@@ -66,7 +84,7 @@ def test_another_recovery_asks_nothing_again(
 ) -> None:
     first, _ = answer(Echo(), asked, tmp_path, tokenizer)
     idle = Echo(most=0)
-    assert answer(idle, asked[::-1], tmp_path, tokenizer) == (first[::-1], [ASKED + 50])
+    assert answer(idle, asked[::-1], tmp_path, tokenizer) == (first[::-1], [ASKED])
 
 
 def test_another_limit_is_another_question(
@@ -75,7 +93,7 @@ def test_another_limit_is_another_question(
     answer(Echo(), asked, tmp_path, tokenizer)
     longer = Echo()
     answer(longer, asked, tmp_path, tokenizer, limit=4)
-    assert len(longer.asked) == ASKED + 50
+    assert len(longer.asked) == ASKED
 
 
 def test_a_prompt_that_comes_twice_is_asked_once(
@@ -93,7 +111,7 @@ def test_a_recovery_asks_a_server_nothing_that_another_one_asked(
     run = replace(make_run("forgetful"), answers=tmp_path / "answers")
     with pytest.raises(ConnectionResetError):
         recover(run, open_journal(tmp_path / "diagnosed", breaks_in="generate"))
-    served = replace(run, vllm_url=server.url)
+    served = replace(run, vllm_urls=(server.url,))
     asked, left = [], []
     for name in ("first", "second"):
         shutil.copytree(tmp_path / "diagnosed" / "diagnose", tmp_path / name / "diagnose")

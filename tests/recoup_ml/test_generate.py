@@ -1,9 +1,6 @@
-"""Greedy answers: the plain loop's from the model itself, and in order from a server that is only human."""
+"""Greedy answers from the model itself are the plain loop's."""
 
-import threading
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -11,8 +8,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from recoup.schemas import Prompt
 from recoup_ml import models
-from recoup_ml.errors import TeacherTruncated, TeacherUnavailable
-from recoup_ml.generate import BATCH, LocalEngine, VllmEngine, usable
+from recoup_ml.errors import TeacherTruncated
+from recoup_ml.generate import BATCH, LocalEngine, require_an_end, usable
 from recoup_ml.kept_batches import KeptBatches
 from recoup_ml.observation import observe
 from recoup_ml.sequences import Answered, Encoded, encode
@@ -170,115 +167,9 @@ def test_no_answer_at_all_is_an_error_that_says_so() -> None:
         usable([answered(""), answered(" ")])
 
 
-def test_a_servers_answers_come_in_the_order_of_the_prompts(
-    server: Any, tokenizer: PreTrainedTokenizerFast, asked: list[Encoded]
-) -> None:
-    found = VllmEngine(server.url, tokenizer).answer(asked, LIMIT, ignore)
-    assert [answer.answer_ids for answer in found] == [(*prompt.ids[-4:], 2) for prompt in asked]
-    for prompt, answer in zip(asked, found, strict=True):
-        assert (answer.prompt_ids, answer.prompt, answer.kind) == (prompt.ids, prompt.text, prompt.kind)
-        assert answer.answer == tokenizer.decode(prompt.ids[-4:], skip_special_tokens=True)
-        assert answer.finish == "stop"
-
-
-def test_a_server_is_asked_greedily_on_token_ids(
-    server: Any, tokenizer: PreTrainedTokenizerFast, asked: list[Encoded]
-) -> None:
-    told: list[int] = []
-    VllmEngine(server.url + "/", tokenizer).answer(asked, 3, told.append)
-    assert [prompt for body in server.bodies for prompt in body["prompt"]] == [
-        list(prompt.ids) for prompt in asked
-    ]
-    for body in server.bodies:
-        assert (body["model"], body["temperature"], body["max_tokens"]) == ("teacher", 0.0, 3)
-        assert body["return_token_ids"] is True
-    assert told == [BATCH, len(asked)]
-
-
-def without_last(answer: dict[str, Any]) -> dict[str, Any]:
-    return {"choices": answer["choices"][:-1]}
-
-
-def same_index_twice(answer: dict[str, Any]) -> dict[str, Any]:
-    first, _, *rest = answer["choices"]
-    return {"choices": [first, first, *rest]}
-
-
-def without_token_ids(answer: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "choices": [
-            {key: value for key, value in choice.items() if key != "token_ids"}
-            for choice in answer["choices"]
-        ]
-    }
-
-
-@pytest.mark.parametrize(
-    ("reply", "sentence"),
-    [
-        (lambda _: 500, "(?s)does not answer /v1/completions.*500.*Check RECOUP_VLLM_URLS"),
-        (lambda _: 404, "(?s)does not answer /v1/completions.*404.*Check RECOUP_VLLM_URLS"),
-        (without_last, "8 prompts and got 7 answers"),
-    ],
-    ids=["500", "404", "too few answers"],
-)
-def test_a_server_that_fails_is_an_unavailable_teacher_and_the_error_says_how(
-    reply: Callable[[dict[str, Any]], Any],
-    sentence: str,
-    server: Any,
-    tokenizer: PreTrainedTokenizerFast,
-    asked: list[Encoded],
-) -> None:
-    server.reply = reply
-    engine = VllmEngine(server.url, tokenizer)
-    with pytest.raises(TeacherUnavailable, match=sentence):
-        engine.answer(asked[:8], LIMIT, ignore)
-
-
-@pytest.mark.parametrize(
-    "reply",
-    [
-        same_index_twice,
-        without_token_ids,
-        lambda _: {"error": "no"},
-        lambda _: b"<html>Bad Gateway</html>",
-    ],
-    ids=["one answer twice", "no token ids", "no choices", "no JSON"],
-)
-def test_a_server_that_answers_nonsense_is_an_unavailable_teacher(
-    reply: Callable[[dict[str, Any]], Any],
-    server: Any,
-    tokenizer: PreTrainedTokenizerFast,
-    asked: list[Encoded],
-) -> None:
-    server.reply = reply
-    engine = VllmEngine(server.url, tokenizer)
-    with pytest.raises(TeacherUnavailable):
-        engine.answer(asked[:8], LIMIT, ignore)
-
-
-def test_a_server_without_a_model_is_an_unavailable_teacher(
-    server: Any, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    server.models = []
-    with pytest.raises(TeacherUnavailable, match="serves no model"):
-        VllmEngine(server.url, tokenizer)
-
-
-def test_a_server_that_is_gone_is_an_unavailable_teacher(
-    server: Any, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    server.stop()
-    with pytest.raises(TeacherUnavailable, match="Check RECOUP_VLLM_URLS"):
-        VllmEngine(server.url, tokenizer)
-
-
-def test_a_server_that_is_too_slow_is_an_unavailable_teacher(
-    server: Any, tokenizer: PreTrainedTokenizerFast, asked: list[Encoded]
-) -> None:
-    late = threading.Event()
-    server.reply = lambda answer: (late.wait(5) and answer) or answer
-    engine = VllmEngine(server.url, tokenizer, timeout=0.2)
-    with pytest.raises(TeacherUnavailable):
-        engine.answer(asked[:2], LIMIT, ignore)
-    late.set()
+def test_answers_that_were_all_cut_are_refused_and_one_end_is_enough() -> None:
+    cut = Answered("", "", (1,), "a", (2, 3), "length")
+    with pytest.raises(TeacherTruncated, match=r"Every one of the teacher's 2 answers was cut at 7.*raise"):
+        require_an_end([cut, cut], 7)
+    require_an_end([cut, answered("a")], 7)
+    require_an_end([], 7)

@@ -1,6 +1,7 @@
 """Whole recoveries of a tiny model: every outcome, what is handed over, and what a crash costs."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -397,8 +398,9 @@ def test_a_server_that_serves_the_teacher_is_as_good_as_the_teacher_itself(
         return list(engine.answer([Encoded(empty, tuple(ids))], limit, lambda _done: None)[0].answer_ids)
 
     server.answer = answer
-    found = finished(replace(forgetful.run, vllm_url=server.url), open_journal(tmp_path))
-    assert len(server.bodies) == 4
+    found = finished(replace(forgetful.run, vllm_urls=(server.url,)), open_journal(tmp_path))
+    asked = Counter(tuple(body["prompt"]) for body in server.bodies)
+    assert set(asked.values()) == {1}
     for given in ("diagnose/test.jsonl", "generate/train.jsonl", "generate/validation.jsonl"):
         assert (found.journal.place / given).read_text() == (forgetful.journal.place / given).read_text()
     assert found.report.recovered.value == pytest.approx(forgetful.report.recovered.value, abs=0.01)
@@ -407,7 +409,7 @@ def test_a_server_that_serves_the_teacher_is_as_good_as_the_teacher_itself(
 def test_a_server_that_serves_another_model_is_refused(
     server: Any, make_run: Callable[..., Run], open_journal: type, tmp_path: Path
 ) -> None:
-    run = replace(make_run("forgetful"), vllm_url=server.url)
+    run = replace(make_run("forgetful"), vllm_urls=(server.url,))
     with pytest.raises(RecoveryError, match="serves another model"):
         recover(run, open_journal(tmp_path))
 

@@ -22,7 +22,7 @@ from recoup.schemas import Prompt, RewriteCounts
 from recoup_ml import diagnose, durable, models, results
 from recoup_ml.cached_engine import CachedEngine
 from recoup_ml.errors import EmptyDataset
-from recoup_ml.generate import Engine, LocalEngine, usable
+from recoup_ml.generate import Engine, LocalEngine, require_an_end, usable
 from recoup_ml.kept_batches import KeptBatches
 from recoup_ml.lessons import Lesson, distributions, texts
 from recoup_ml.observation import Observation, observe
@@ -57,7 +57,9 @@ def generate(run: Run, journal: Journal, done: Done, folder: Path) -> None:
     limit = run.request.generation.max_new_tokens
     unfinished = folder / durable.UNFINISHED
     teacher = _teacher(run, tokenizer, KeptBatches(unfinished / "teacher"))
-    _answer(teacher, train, limit, folder / "train", counter)
+    answers = _answer(teacher, train, limit, folder / "train", counter)
+    if tokenizer.chat_template is not None:  # without one it continues texts, which need no end
+        require_an_end(answers, limit)
     _answer(teacher, validation, limit, folder / "validation", counter)
     if rewritten:
         _rewrite(run, teacher, rewritten, tokenizer, folder, counter)
@@ -157,11 +159,12 @@ class Speaker:
 
 def _teacher(run: Run, tokenizer: PreTrainedTokenizerBase, kept: KeptBatches) -> Speaker:
     model = models.load(run.teacher)
-    engine = diagnose.engine(run, model, tokenizer)
-    if isinstance(engine, LocalEngine):
+    asked = diagnose.engine(run, model, tokenizer)
+    engine: Engine = asked
+    if isinstance(asked, LocalEngine):
         engine = LocalEngine(model, tokenizer, kept=kept)
     elif run.answers:
-        engine = CachedEngine(engine, run.answers, sha256(run.teacher), tokenizer)
+        engine = CachedEngine(asked, run.answers, sha256(run.teacher), tokenizer)
     return Speaker(model, engine, models.pad_id(tokenizer))
 
 
@@ -170,12 +173,15 @@ def _student(run: Run, tokenizer: PreTrainedTokenizerBase, kept: KeptBatches) ->
     return Speaker(model, LocalEngine(model, tokenizer, kept=kept), models.pad_id(tokenizer))
 
 
-def _answer(speaker: Speaker, prompts: Sequence[Encoded], limit: int, place: Path, counter: Counter) -> None:
+def _answer(
+    speaker: Speaker, prompts: Sequence[Encoded], limit: int, place: Path, counter: Counter
+) -> list[Answered]:
     if not prompts:
         raise EmptyDataset(f"No prompt for {place.name} is shorter than training.max_length.")
     answers, seen = speaker.speak(prompts, limit, counter)
     write_jsonl(place.with_suffix(".jsonl"), answers)
     seen.save(place.with_suffix(".safetensors"))
+    return answers
 
 
 def _with_references(prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -195,6 +201,7 @@ def _rewrite(
     short = encode(asked, tokenizer, run.request.training.max_length)
     limit = ROOM * run.request.generation.max_new_tokens
     answers = teacher.engine.answer(short, limit, counter.part(len(prompts)))
+    require_an_end(answers, limit)
     given = {answer.prompt_ids: answer for answer in answers}
     asked_ids = {id(item.prompt): item.ids for item in short}
     rows, origins = [], []

@@ -6,12 +6,13 @@ repeat it. The licence is the base model's, so the card names none.
 """
 
 import json
-from typing import Final, Literal
+from typing import Final
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from recoup.schemas import Report
 from recoup_ml.page import VERDICTS, day, number, percent
+from recoup_ml.plan import Form
 
 DAMAGES: Final = {
     "finetuning": "lost general ability through fine-tuning",
@@ -21,12 +22,12 @@ DAMAGES: Final = {
 }
 
 
-def model_card(report: Report, base_model: str, kind: Literal["adapter", "merged"], name: str) -> str:
+def model_card(report: Report, base_model: str, kind: Form, name: str) -> str:
     """The card in Markdown; the same report gives the same text.
 
     Args:
         base_model: what an adapter is loaded onto, or what a merged model was made from (hub id or path).
-        kind: `adapter` for a PEFT folder, `merged` for a whole model.
+        kind: `adapter` for a PEFT folder, another form for a whole model.
         name: the title, and the path in the loading snippet.
     """
     environment = Environment(  # Markdown, not HTML: nothing from prompts or answers enters

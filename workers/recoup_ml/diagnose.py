@@ -18,7 +18,7 @@ from recoup.schemas import Splits
 from recoup_ml import damage, measures, models, results, verdict
 from recoup_ml.alignment import GROUPS, Positions, choose_positions
 from recoup_ml.errors import EmptyDataset, NonFiniteWeights, TeacherMismatch
-from recoup_ml.generate import Engine, LocalEngine, VllmEngine, usable
+from recoup_ml.generate import LocalEngine, usable
 from recoup_ml.observation import Observation, observe, save_states
 from recoup_ml.probe import Probe, make_probe
 from recoup_ml.results import Behaviour, Diagnosis
@@ -26,6 +26,7 @@ from recoup_ml.run import Counter, Done, Journal, Run
 from recoup_ml.scores import Scores, compare, greedy_share
 from recoup_ml.sequences import Answered, Encoded, encode, read_jsonl, write_jsonl
 from recoup_ml.splits import Split, prompts_sha256, split
+from recoup_ml.vllm_engine import VllmEngine
 
 MIN_TEST = GROUPS
 """Every group of sequences that alignment is estimated from needs one."""
@@ -103,9 +104,11 @@ def split_prompts(run: Run) -> Split:
     return split(run.prompts, wanted.test_sequences, wanted.validation_sequences, asked)
 
 
-def engine(run: Run, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Engine:
-    """Who answers for the teacher: a server if the run names one, else the model itself."""
-    return VllmEngine(run.vllm_url, tokenizer) if run.vllm_url else LocalEngine(teacher, tokenizer)
+def engine(
+    run: Run, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> LocalEngine | VllmEngine:
+    """Who answers for the teacher: servers if the run names any, else the model itself."""
+    return VllmEngine(run.vllm_urls, tokenizer) if run.vllm_urls else LocalEngine(teacher, tokenizer)
 
 
 def _examine_teacher(
@@ -133,9 +136,9 @@ def _observe_teacher(
     test = read_jsonl(folder / "test.jsonl")
     positions = choose_positions(test, run.request.alignment.positions, run.request.seed)
     seen = observe(model, test, models.pad_id(tokenizer), positions, counter.part(len(test)))
-    if run.vllm_url and greedy_share(seen, test) < MIN_GREEDY:
+    if run.vllm_urls and greedy_share(seen, test) < MIN_GREEDY:
         raise TeacherMismatch(
-            f"The server at {run.vllm_url} does not answer as {run.teacher.name} would: it serves another "
+            f"What answers at {', '.join(run.vllm_urls)} is not {run.teacher.name}: it serves another "
             "model, or another revision. Check what RECOUP_VLLM_URLS points to."
         )
     seen.save(folder / "teacher.safetensors")

@@ -7,6 +7,7 @@ RecoveryError            anything below; `.code` goes into the job's error
 ├── TeacherUnavailable   the teacher's server does not answer, or answers nonsense
 ├── TeacherMismatch      the server answers with another model than the teacher
 ├── TeacherTruncated     the teacher gave no usable answer
+├── TeacherContextTooShort  the teacher's server takes shorter sequences than the recovery needs
 ├── NonFiniteWeights     a model holds NaN or infinity, or computes it
 └── UnsupportedRequest   a combination that would break a promise (zeros filled by a merged adapter)
 """
@@ -41,6 +42,10 @@ class TeacherMismatch(RecoveryError):
 
 class TeacherTruncated(RecoveryError):
     code = "teacher_truncated"
+
+
+class TeacherContextTooShort(RecoveryError):
+    code = "teacher_context_too_short"
 
 
 class NonFiniteWeights(RecoveryError):

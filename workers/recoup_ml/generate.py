@@ -1,20 +1,19 @@
 """Answers from a model: the teacher's, to learn from, and the student's, to look at.
 
 Two engines answer alike, greedily and on token ids: `LocalEngine` runs transformers in this
-process, batched, with a key-value cache; `VllmEngine` asks an OpenAI-compatible server, where
+process, batched, with a key-value cache; `VllmEngine` (`vllm_engine.py`) asks vLLM servers, where
 a large teacher belongs. Greedy answers make a recovery repeatable on one machine.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Protocol
 
-import httpx2
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from recoup_ml.errors import TeacherTruncated, TeacherUnavailable
+from recoup_ml.errors import TeacherTruncated
 from recoup_ml.kept_batches import Given, KeptBatches
 from recoup_ml.models import head, pad_id
 from recoup_ml.observation import Observation
@@ -119,63 +118,6 @@ class LocalEngine:
         return Answered(prompt.kind, prompt.text, prompt.ids, text, tuple(ids), finish)
 
 
-class VllmEngine:
-    """Answers by `POST /v1/completions` on token ids, of a vLLM that serves the teacher."""
-
-    def __init__(self, url: str, tokenizer: PreTrainedTokenizerBase, timeout: float = 600.0) -> None:
-        self._client = httpx2.Client(base_url=url.rstrip("/"), timeout=timeout)
-        self._tokenizer = tokenizer
-        self._model = self._served_model()
-
-    def answer(self, prompts: Sequence[Encoded], max_new_tokens: int, tick: Tick) -> list[Answered]:
-        answers: list[Answered] = []
-        for start in range(0, len(prompts), BATCH):
-            part = prompts[start : start + BATCH]
-            answers += self._complete(part, max_new_tokens)
-            tick(len(answers))
-        return answers
-
-    def _served_model(self) -> str:
-        served = self._request("GET", "/v1/models", None).get("data")
-        if not served:
-            raise TeacherUnavailable(f"The server at {self._client.base_url} serves no model.")
-        return str(served[0]["id"])
-
-    def _complete(self, prompts: Sequence[Encoded], max_new_tokens: int) -> list[Answered]:
-        body = {
-            "model": self._model,
-            "prompt": [list(prompt.ids) for prompt in prompts],
-            "max_tokens": max_new_tokens,
-            "temperature": 0.0,
-            "repetition_penalty": 1.0,
-            "return_token_ids": True,
-        }
-        answer = self._request("POST", "/v1/completions", body)
-        choices = sorted(answer.get("choices", []), key=lambda choice: choice["index"])
-        indices = [choice["index"] for choice in choices]
-        if indices != [*range(len(prompts))] or not all("token_ids" in choice for choice in choices):
-            raise TeacherUnavailable(
-                f"Asked the teacher at {self._client.base_url} {len(prompts)} prompts and got "
-                f"{len(choices)} answers; each must come with its token ids, as vLLM gives them."
-            )
-        return [self._answered(prompt, choice) for prompt, choice in zip(prompts, choices, strict=True)]
-
-    def _answered(self, prompt: Encoded, choice: dict[str, Any]) -> Answered:
-        ids = tuple(choice["token_ids"])
-        text = self._tokenizer.decode(ids, skip_special_tokens=True)
-        return Answered(prompt.kind, prompt.text, prompt.ids, text, ids, choice["finish_reason"])
-
-    def _request(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
-        try:
-            response = self._client.request(method, path, json=body).raise_for_status()
-            return dict(response.json())
-        except (httpx2.HTTPError, ValueError) as error:
-            raise TeacherUnavailable(
-                f"The teacher at {self._client.base_url} does not answer {path}: {error}. "
-                "Check RECOUP_VLLM_URLS and the server's log."
-            ) from error
-
-
 def usable(answers: Sequence[Answered]) -> list[Answered]:
     """The answers that hold text; an empty one teaches nothing.
 
@@ -186,6 +128,19 @@ def usable(answers: Sequence[Answered]) -> list[Answered]:
     if not kept:
         raise TeacherTruncated(f"None of the teacher's {len(answers)} answers holds any text.")
     return kept
+
+
+def require_an_end(answers: Sequence[Answered], limit: int) -> None:
+    """Refuses answers none of which shows the student where to stop.
+
+    Raises:
+        TeacherTruncated: all were cut at `limit` tokens.
+    """
+    if answers and all(answer.finish == "length" for answer in answers):
+        raise TeacherTruncated(
+            f"Every one of the teacher's {len(answers)} answers was cut at {limit} tokens, so none has "
+            "an end to learn: raise generation.max_new_tokens."
+        )
 
 
 @contextmanager

@@ -30,8 +30,8 @@ class Run:
     tasks: Sequence[Task]
     natural_text: Sequence[str]
     """Texts for bits per character; empty: text that Python carries."""
-    vllm_url: str | None
-    """A server that answers for the teacher; none: the teacher answers in this process."""
+    vllm_urls: tuple[str, ...]
+    """Servers that answer for the teacher, all alike; none: the teacher answers in this process."""
     answers: Path | None = None
     """The folder of the cache of servers' answers, shared by recoveries; none: nothing is remembered."""
     halvings: int = 0

@@ -123,7 +123,7 @@ def _run(claim: Claim, ledger: Ledger, settings: Settings) -> "Run":
             for spec in request.evaluation.tasks
         ],
         natural_text=load_text(ledger, settings, text) if text else [],
-        vllm_url=settings.vllm_urls[0] if settings.vllm_urls else None,
+        vllm_urls=tuple(settings.vllm_urls),
         answers=settings.home / ANSWERS,
         halvings=claim.memory_failures,
     )

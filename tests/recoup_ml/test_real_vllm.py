@@ -1,0 +1,96 @@
+"""A real vLLM answers as transformers does, where RECOUP_TEST_VLLM_PYTHON names an environment of it."""
+
+import asyncio
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from recoup.schemas import Message, Prompt
+from recoup_jobs.settings import Settings
+from recoup_ml.generate import LocalEngine
+from recoup_ml.sequences import encode
+from recoup_ml.vllm_engine import Generator, Patience, Question, Row, Sampling, VllmEngine
+from recoup_server.teacher import Teacher, find_build, running
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1200),
+    pytest.mark.skipif(
+        "RECOUP_TEST_VLLM_PYTHON" not in os.environ,
+        reason="RECOUP_TEST_VLLM_PYTHON names no environment of vLLM (deploy/vllm/environment.sh)",
+    ),
+]
+LIMIT = 16
+
+
+@pytest.fixture(scope="module")
+def model(make_model: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+    """Untrained, with heads as wide as vLLM's kernels want them."""
+    return make_model(layers=2, hidden_size=128, num_attention_heads=4).eval()
+
+
+@pytest.fixture(scope="module")
+def url(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path_factory: pytest.TempPathFactory,
+    free_port: int,
+) -> Iterator[str]:
+    home = tmp_path_factory.mktemp("vllm")
+    model.save_pretrained(home / "tiny")
+    tokenizer.save_pretrained(home / "tiny")
+    asked = Teacher(home / "tiny", "127.0.0.1", free_port, 256, ())
+    build = find_build(Path(os.environ["RECOUP_TEST_VLLM_PYTHON"]))
+    with running(asked, build, Settings(home=home)):
+        yield asked.url
+
+
+def rows_of(url: str, questions: list[Question], sampling: Sampling) -> list[Row]:
+    async def collect() -> list[Row]:
+        rows = Generator([url], Patience()).rows(questions, sampling)
+        return sorted([row async for row in rows], key=lambda row: (row.place, row.sample))
+
+    return asyncio.run(collect())
+
+
+def test_greedy_answers_are_those_of_transformers(
+    url: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt]
+) -> None:
+    items = encode(prompts[:40], tokenizer, 128)
+    served = VllmEngine([url], tokenizer).answer(items, LIMIT, lambda _done: None)
+    local = LocalEngine(model, tokenizer).answer(items, LIMIT, lambda _done: None)
+    assert sum(mine == theirs for mine, theirs in zip(served, local, strict=True)) >= 39
+
+
+def test_samples_differ_from_one_another_and_are_the_same_the_next_time(
+    url: str, tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt]
+) -> None:
+    (item,) = encode(prompts[:1], tokenizer, 128)
+    sampling = Sampling(LIMIT, temperature=1.0, samples=4)
+    first = rows_of(url, [Question(0, item.ids)], sampling)
+    assert len({row.ids for row in first}) > 1
+    again = rows_of(url, [Question(5, item.ids)], sampling)
+    assert [row.ids for row in again] == [row.ids for row in first]
+
+
+def test_a_text_ends_an_answer(url: str, tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt]) -> None:
+    (item,) = encode(prompts[:1], tokenizer, 128)
+    (whole,) = rows_of(url, [Question(0, item.ids)], Sampling(LIMIT))
+    word = whole.text.split()[3]
+    (ended,) = rows_of(url, [Question(0, item.ids)], Sampling(LIMIT, stop=(word,)))
+    assert ended.finish == "stop"
+    assert word not in ended.text
+    assert whole.text.startswith(ended.text.rstrip())
+
+
+def test_a_conversation_is_answered_as_its_token_ids_are(
+    url: str, tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt]
+) -> None:
+    messages: list[tuple[Message, ...]] = [tuple(prompt.messages) for prompt in prompts[:4]]
+    chat = rows_of(url, [Question(at, said) for at, said in enumerate(messages)], Sampling(LIMIT))
+    items = encode(prompts[:4], tokenizer, 128)
+    plain = rows_of(url, [Question(at, item.ids) for at, item in enumerate(items)], Sampling(LIMIT))
+    assert [row.ids for row in chat] == [row.ids for row in plain]

@@ -1,0 +1,294 @@
+"""Answers from vLLM servers, each prompt once, as many at a time as the servers take.
+
+`Generator.rows` asks and yields what comes, in the order in which it comes: every row names the
+question that it belongs to, so a store of answers can take them as they are. A question is on
+its way in one request at a time and has its rows from one answer, so none is lost or doubled
+when a server dies: the request is made again, of whoever is well. Questions are taken from an
+iterator no faster than they are answered; a million of them need no more memory than a few
+thousand.
+
+Neighbours in alphabetical order share the beginnings that vLLM caches, so questions are asked in
+that order, `LOOKAHEAD` at a time. Where the tokenizer is ours a question is token ids
+(`/v1/completions`), so that the teacher reads exactly what the student will; else it is a
+conversation, to which the server applies its own template (`/v1/chat/completions`).
+
+`VllmEngine` is an `Engine` (`generate.py`) over it. Who is asked is decided in `replicas.py`.
+"""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import islice
+from typing import Any
+
+import httpx2
+from transformers import PreTrainedTokenizerBase
+
+from recoup._retry import delay, seconds_of
+from recoup.schemas import Message
+from recoup_ml.errors import TeacherContextTooShort, TeacherUnavailable
+from recoup_ml.generate import Tick
+from recoup_ml.replicas import Replica, Replicas, Served, unanswered
+from recoup_ml.sequences import Answered, Encoded
+from recoup_ml.window import Window
+
+LOOKAHEAD = 4096
+"""Questions that are put in order together."""
+RETRIED = frozenset({408, 500, 502, 503, 504, 529})
+"""Statuses after which the same request may succeed; 429 is a refusal, and 503 with a time to wait."""
+
+
+@dataclass(frozen=True)
+class Question:
+    place: int
+    """Where its rows belong; the asker's own number."""
+    prompt: tuple[int, ...] | tuple[Message, ...]
+    """Token ids, or the messages of a conversation."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer is drawn."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    """0: greedily."""
+    top_p: float = 1.0
+    samples: int = 1
+    """Answers to each question."""
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer and are not part of it."""
+    stop_ids: tuple[int, ...] = ()
+    """Tokens that end an answer, beside those that the served model names itself."""
+    seed: int = 0
+    """With the prompt it settles the samples, whichever replica draws them."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One answer to one question."""
+
+    place: int
+    sample: int
+    """Which of `Sampling.samples`, from 0."""
+    ids: tuple[int, ...]
+    """The end token included, if it ended by one."""
+    text: str
+    finish: str
+    """`stop` or `length`."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a teacher that fails is waited for."""
+
+    answer: float = 600.0
+    """Seconds for one answer."""
+    tries: int = 6
+    """Times that one question is asked of servers that break or err."""
+    outage: float = 300.0
+    """Seconds without any replica, or with refusals alone."""
+
+
+class Refused(Exception):
+    """The server has too much to do; `seconds` is how long it wants to be left alone, if it says."""
+
+    def __init__(self, reason: str, seconds: float | None) -> None:
+        super().__init__(reason)
+        self.seconds = seconds
+
+
+class Failed(Exception):
+    """No answer, or nonsense; another try may bring one."""
+
+
+class Generator:
+    """Asks the servers at `urls`; what it learns of their windows it keeps from one call to the next."""
+
+    def __init__(self, urls: Sequence[str], patience: Patience) -> None:
+        self._windows = {url.rstrip("/"): Window() for url in urls}
+        self._patience = patience
+
+    async def rows(self, questions: Iterable[Question], sampling: Sampling) -> AsyncIterator[Row]:
+        """The rows of every question, those of one question together, in the order in which they come.
+
+        Raises:
+            TeacherUnavailable: no replica answers, or one question fails again and again.
+            TeacherContextTooShort: prompt and answer are longer than the servers take.
+        """
+        asked = _in_order(questions)
+        finished: asyncio.Queue[asyncio.Task[list[Row]]] = asyncio.Queue()
+        pending: set[asyncio.Task[list[Row]]] = set()
+        async with Replicas(self._windows, self._patience.answer, self._patience.outage) as replicas:
+            try:
+                while True:
+                    room = max(0, replicas.room - len(pending))
+                    taken = list(islice(asked, room))
+                    replicas.sated = len(taken) == room
+                    for question in taken:
+                        task = asyncio.create_task(self._ask(replicas, question, sampling))
+                        task.add_done_callback(finished.put_nowait)
+                        pending.add(task)
+                    if not pending:
+                        return
+                    done = await finished.get()
+                    pending.discard(done)
+                    for row in done.result():
+                        yield row
+            finally:
+                for task in pending:
+                    task.cancel()
+                await asyncio.gather(*pending, return_exceptions=True)
+
+    async def served(self) -> Served:
+        """What the servers serve.
+
+        Raises:
+            TeacherUnavailable: none of them answers.
+        """
+        async with Replicas(self._windows, self._patience.answer, self._patience.outage) as replicas:
+            return replicas.served
+
+    async def _ask(self, replicas: Replicas, question: Question, sampling: Sampling) -> list[Row]:
+        path, body = _request(question, sampling, replicas.served)
+        tries, failing = 0, None
+        while True:
+            replica = await replicas.lease(failing)
+            try:
+                rows = _rows(await _post(replica, path, body), question.place, sampling.samples)
+            except Refused as refusal:
+                replicas.refused(replica, delay(tries + 1, random.random(), refusal.seconds), str(refusal))
+            except Failed as failure:
+                reason = unanswered(replica.url, path, failure)
+                replicas.failed(replica, reason)
+                tries, failing = tries + 1, replica
+                if tries >= self._patience.tries:
+                    raise TeacherUnavailable(reason) from failure
+                await asyncio.sleep(delay(tries, random.random()))
+            else:
+                replicas.answered(replica, sum(len(row.ids) for row in rows))
+                return rows
+
+
+class VllmEngine:
+    """Greedy answers of a served teacher, in the order of the prompts."""
+
+    def __init__(
+        self, urls: Sequence[str], tokenizer: PreTrainedTokenizerBase, patience: Patience | None = None
+    ) -> None:
+        """Raises `TeacherUnavailable` if none of the servers answers now: better than after an hour."""
+        self._generator = Generator(urls, patience or Patience())
+        self._tokenizer = tokenizer
+        asyncio.run(self._generator.served())
+
+    def answer(self, prompts: Sequence[Encoded], max_new_tokens: int, tick: Tick) -> list[Answered]:
+        found: dict[int, Answered] = {}
+
+        def take(place: int, answer: Answered) -> None:
+            found[place] = answer
+            tick(len(found))
+
+        self.each(prompts, max_new_tokens, take)
+        return [found[place] for place in range(len(prompts))]
+
+    def each(
+        self, prompts: Sequence[Encoded], max_new_tokens: int, take: Callable[[int, Answered], None]
+    ) -> None:
+        """Gives `take` the place of a prompt and its answer, as soon as it comes, in any order."""
+        sampling = Sampling(max_new_tokens, stop_ids=(self._tokenizer.eos_token_id,))
+        questions = (Question(place, prompt.ids) for place, prompt in enumerate(prompts))
+        rows = self._generator.rows(questions, sampling)
+        asyncio.run(_each(rows, lambda row: take(row.place, self._answered(prompts[row.place], row))))
+
+    def _answered(self, prompt: Encoded, row: Row) -> Answered:
+        text = self._tokenizer.decode(row.ids, skip_special_tokens=True)
+        return Answered(prompt.kind, prompt.text, prompt.ids, text, row.ids, row.finish)
+
+
+async def _each(rows: AsyncIterator[Row], take: Callable[[Row], None]) -> None:
+    async for row in rows:
+        take(row)
+
+
+def _in_order(questions: Iterable[Question]) -> Iterator[Question]:
+    """The same questions, neighbours sharing long beginnings, without holding more than a few thousand."""
+    rest = iter(questions)
+    while some := list(islice(rest, LOOKAHEAD)):
+        yield from sorted(some, key=_beginning)
+
+
+def _beginning(question: Question) -> tuple[int, ...] | tuple[str, ...]:
+    return tuple(part.content if isinstance(part, Message) else part for part in question.prompt)
+
+
+def _request(question: Question, sampling: Sampling, served: Served) -> tuple[str, dict[str, Any]]:
+    """Every setting is named: vLLM takes those that are not from the model's generation_config.json."""
+    body = {
+        "model": served.model,
+        "max_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": 0,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "n": sampling.samples,
+        "stop": list(sampling.stop),
+        "stop_token_ids": list(sampling.stop_ids),
+        "return_token_ids": True,
+    }
+    if sampling.temperature:
+        body["seed"] = random.Random(repr((sampling.seed, question.prompt))).getrandbits(31)
+    if isinstance(question.prompt[0], Message):
+        messages = [part.model_dump(include={"role", "content"}) for part in question.prompt]
+        return "/v1/chat/completions", body | {"messages": messages}
+    most = served.max_model_len
+    if most and len(question.prompt) + sampling.max_new_tokens > most:
+        raise TeacherContextTooShort(
+            f"The teacher's server takes {most} tokens, prompt and answer together, and a prompt of "
+            f"{len(question.prompt)} leaves no room for {sampling.max_new_tokens}: start it with a larger "
+            "--max-model-len, or lower training.max_length."
+        )
+    return "/v1/completions", body | {"prompt": list(question.prompt)}
+
+
+async def _post(replica: Replica, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    try:
+        response = await replica.client.post(path, json=body)
+    except httpx2.HTTPError as error:
+        raise Failed(str(error) or type(error).__name__) from error
+    reason = f"{response.status_code} {response.text[:300]}"
+    seconds = seconds_of(response.headers.get("retry-after"), datetime.now(UTC))
+    if response.status_code == 429 or (response.status_code == 503 and seconds is not None):
+        raise Refused(unanswered(replica.url, path, reason), seconds)
+    if response.status_code in RETRIED:
+        raise Failed(reason)
+    if response.status_code != 200:
+        raise TeacherUnavailable(unanswered(replica.url, path, reason))
+    try:
+        return dict(response.json())
+    except (ValueError, TypeError) as error:
+        raise Failed(f"what came is no JSON object: {response.text[:300]}") from error
+
+
+def _rows(answer: dict[str, Any], place: int, samples: int) -> list[Row]:
+    try:
+        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+        rows = [
+            Row(place, choice["index"], tuple(choice["token_ids"]), _text(choice), choice["finish_reason"])
+            for choice in choices
+        ]
+    except (KeyError, TypeError) as error:
+        raise Failed(
+            f"an answer lacks {error}; it must come with its token ids, as vLLM gives them"
+        ) from error
+    if [row.sample for row in rows] != [*range(samples)]:
+        raise Failed(f"{samples} answers were asked for, and {len(rows)} came")
+    if odd := [row.finish for row in rows if row.finish not in {"stop", "length"}]:
+        raise Failed(f"an answer ended by {odd[0]!r}")
+    return rows
+
+
+def _text(choice: dict[str, Any]) -> str:
+    return str(choice["text"] if "text" in choice else choice["message"]["content"] or "")
