@@ -4,11 +4,13 @@
 #   PYTHON=python3.12                        which Python makes the environment (3.11 or newer)
 #   TORCH_INDEX=https://…                    where pip shall look for torch; unset: pip's own settings
 #   TORCH=torch==2.13.0                      which torch, if not the one chosen below
+#   TESTERS=2                                how many processes share the tests
 
 SHELL := /bin/bash
 PYTHON ?= python3
 DAMAGE ?= finetuning
 TORCH_INDEX ?=
+TESTERS ?= 2
 HOME_DIR ?= .recoup
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,7 +22,7 @@ TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/nu
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,8p' Makefile
+	@sed -n '1,9p' Makefile
 
 demo: $(VENV)/.demo
 	@echo "== demo: damage ($(DAMAGE)), recover, verdict =="
@@ -28,7 +30,7 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test
 	@echo "== tests =="
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n $(TESTERS) --dist worksteal
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -1,14 +1,15 @@
 """The CKA engine beside other packages, and on a real model.
 
     python benchmarks/cka.py peers     time, memory and error on the same activations
+    python benchmarks/cka.py accuracy  time that the same error over all rows costs here and in pytorch-cka
     python benchmarks/cka.py real      every layer pair of two real models against float64 over all pairs;
                                        what measuring costs beside the forward passes
 
-Needs `pip install pytorch-cka==1.1.3 cka-pytorch==1.1.3 ckatorch==1.0.3 torch-cka==0.21` for `peers`. Each
-contender runs in a process of its own, one thread, contenders in turn; times are CPU seconds, medians
-over rounds. Peers are driven through their own front doors by a model that plays back stored states.
-Every error is against float64: of the same estimator on the same batches, and of debiased CKA over all
-rows at once.
+Needs `pip install pytorch-cka==1.1.3 cka-pytorch==1.1.3 ckatorch==1.0.3 torch-cka==0.21` for `peers` and
+`accuracy`. In `peers` each contender runs in a process of its own, contenders in turn; one thread, times are
+CPU seconds, medians over rounds. Peers are driven through their own front doors by a model that plays back
+stored states. Every error is against float64: of the same estimator on the same batches, and of debiased
+CKA over all rows at once.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,6 +35,8 @@ from recoup_ml.hsic_sums import PANELS, Batch, Sums, batch_sums
 
 SIZES = {"12x12": (12, 2048, 576, 256), "30x30": (30, 4096, 576, 256), "24x24 wide": (24, 2048, 2048, 256)}
 """Layers, rows, width, rows of a batch."""
+BATCHES = (128, 256, 512, 1024)
+"""Rows of a batch, at which error is weighed against time."""
 CONTENDERS = ("recoup", "pytorch-cka", "cka-pytorch", "torch-cka", "ckatorch")
 SLOW = frozenset({"torch-cka", "ckatorch"})
 """These take minutes beyond the smallest size."""
@@ -225,6 +229,54 @@ def peers(rounds: int) -> None:
     print(f"Ours compares {1 - 1 / PANELS:.0%} of a batch's pairs; peers all of them.")
 
 
+def accuracy(rounds: int) -> None:
+    """Time that a package needs for the same error against debiased CKA over all rows, by batch size."""
+    torch.set_num_threads(1)
+    for size, (layers, rows, width, _) in SIZES.items():
+        x, y = states(layers, rows, width)
+        whole = ratio([hsic_1(x, y)])
+        curves = {name: _curve(RUNS[name], (x, y), whole, rounds) for name in ("recoup", "pytorch-cka")}
+        for name, curve in curves.items():
+            shown = ", ".join(f"m={m} {seconds:.2f} s {error:.1e}" for m, (seconds, error) in curve.items())
+            print(f"{size} {name}: {shown}", flush=True)
+        mine, theirs = (list(curve.values()) for curve in curves.values())
+        for seconds, error in theirs:
+            ours = _seconds_for(error, mine)
+            if ours is not None:
+                print(f"{size}, error {error:.1e}: pytorch-cka takes {seconds / ours:.1f} times our time")
+
+
+def _curve(
+    run: Callable[[Tensor, Tensor, int], Matrix], sides: tuple[Tensor, Tensor], whole: Matrix, rounds: int
+) -> dict[int, tuple[float, float]]:
+    """By batch size: CPU seconds (median) and root mean square error, over rounds of other row orders."""
+    found: dict[int, list[tuple[float, float]]] = {}
+    for turn in range(rounds):
+        order = torch.randperm(sides[0].shape[1], generator=torch.Generator().manual_seed(turn))
+        x, y = (side[:, order] for side in sides)
+        for batch in BATCHES:
+            began = time.process_time()
+            errors = run(x, y, batch) - whole
+            seconds = time.process_time() - began
+            found.setdefault(batch, []).append((seconds, float(np.square(errors).mean())))
+    return {
+        batch: (
+            median(seconds for seconds, _ in seen),
+            math.sqrt(sum(error for _, error in seen) / len(seen)),
+        )
+        for batch, seen in found.items()
+    }
+
+
+def _seconds_for(error: float, curve: Sequence[tuple[float, float]]) -> float | None:
+    """Between two points of a curve, log against log; none outside of it."""
+    logs = sorted((math.log(at), math.log(seconds)) for seconds, at in curve)
+    for (left, before), (right, after) in pairwise(logs):
+        if left <= math.log(error) <= right:
+            return math.exp(before + (after - before) * (math.log(error) - left) / (right - left))
+    return None
+
+
 def gram_share() -> float:
     """How near the Gram blocks come to this machine's rate, one thread."""
     torch.set_num_threads(1)
@@ -315,7 +367,7 @@ def _compare_exactly(found: cka.Alignment, parts: Sequence[tuple[list[Tensor], l
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=("peers", "real", "child"))
+    parser.add_argument("what", choices=("peers", "accuracy", "real", "child"))
     parser.add_argument("child", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--home", type=Path, default=Path(".recoup/grid"), help="where models are made")
@@ -324,6 +376,8 @@ def main() -> None:
         print("\n" + json.dumps(child(*chosen.child, chosen.rounds)))
     elif chosen.what == "peers":
         peers(chosen.rounds)
+    elif chosen.what == "accuracy":
+        accuracy(chosen.rounds)
     else:
         real(chosen.home)
 

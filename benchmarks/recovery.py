@@ -164,6 +164,9 @@ class FolderJournal:
     def progress(self, done: int, total: int, unit: str) -> None:
         print(f"\r{self.place.name}: {done} of {total} {unit}   ", end="", file=sys.stderr)
 
+    def stopping(self) -> bool:
+        return False
+
     def metric(self, **values: str | float | int | bool | None) -> None: ...
 
     def publish(self, files: dict[str, Path]) -> None:

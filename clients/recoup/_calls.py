@@ -1,7 +1,7 @@
 """Every endpoint as a value: method, path, query, body, and how to read the answer. No I/O.
 
-These descriptions are the clients' methods: `recoveries.py` and `files.py` bind them by
-name, and signature and docstring are those written here. An id is checked against its
+These descriptions are the clients' methods: `recoveries.py`, `diagnoses.py` and `files.py`
+bind them by name, and signature and docstring are those written here. An id is checked against its
 grammar before it becomes part of a path, and an artifact's path is escaped segment by
 segment: no argument can address another route. Methods that take an id raise
 InvalidArgumentError on what is none, NotFoundError on one that the server does not know.
@@ -26,7 +26,9 @@ from recoup.schemas import (
     Artifact,
     Capabilities,
     ChangeRecovery,
+    CreateDiagnosis,
     CreateRecovery,
+    Diagnosis,
     DryRun,
     Event,
     File,
@@ -117,15 +119,7 @@ def get_recovery(id: str) -> Call[Recovery]:
 
 def await_change(seen: Recovery, wait: int) -> Call[Recovery | None]:
     """The recovery as soon as it differs from what was seen, or None after `wait` seconds."""
-    condition = ("If-None-Match", f'"{seen.version}"')
-    return Call(
-        "GET",
-        _recovery(seen.id),
-        _recovery_unless_empty,
-        query=_query(wait=wait),
-        headers=(("Accept", "application/json"), condition),
-        hold=float(wait),
-    )
+    return _poll(_recovery(seen.id), Recovery, seen.version, wait)
 
 
 def list_recoveries(
@@ -155,7 +149,7 @@ def resume_recovery(id: str) -> Call[Recovery]:
 
 
 def retry_recovery(id: str) -> Call[Recovery]:
-    """Run a job again that failed or was cancelled; the answer names the job that runs.
+    """A new job that repeats one which failed or was cancelled, and takes over the stages it had committed.
 
     Raises ConflictError where the job's state does not allow it.
     """
@@ -221,6 +215,44 @@ def get_artifact(id: str, path: str, start: int = 0) -> Call[bytes]:
     headers = (("Accept", "*/*"), ("Accept-Encoding", "identity"))
     rest = (("Range", f"bytes={start}-"),) if start else ()
     return Call("GET", f"{_recovery(id)}/artifacts/{escaped}", bytes, headers=headers + rest)
+
+
+def create_diagnosis(
+    *, student: str | dict[str, Any] | ModelRef, teacher: str | dict[str, Any] | ModelRef, **fields: Any
+) -> Call[Diagnosis]:
+    """Submit a diagnosis by the fields of `CreateDiagnosis`; a bare str names a model's source.
+
+    Raises pydantic's ValidationError before anything is sent.
+    """
+    models = {"student": _model(student), "teacher": _model(teacher)}
+    request = CreateDiagnosis.model_validate(models | fields)
+    body = request.model_dump(mode="json", exclude_unset=True)
+    return Call("POST", "/v1/diagnoses", _reader(Diagnosis), json=body)
+
+
+def get_diagnosis(id: str) -> Call[Diagnosis]:
+    """The job as it stands, with its report once it succeeded."""
+    return Call("GET", _diagnosis(id), _reader(Diagnosis))
+
+
+def await_diagnosis(seen: Diagnosis, wait: int) -> Call[Diagnosis | None]:
+    """The diagnosis as soon as it differs from what was seen, or None after `wait` seconds."""
+    return _poll(_diagnosis(seen.id), Diagnosis, seen.version, wait)
+
+
+def cancel_diagnosis(id: str) -> Call[Diagnosis]:
+    """Ask the job to stop. Raises ConflictError once it has ended."""
+    return Call("POST", f"{_diagnosis(id)}/cancel", _reader(Diagnosis))
+
+
+def list_diagnosis_events(id: str, after: int = 0) -> Call[Page[Event]]:
+    """The events so far whose `seq` is greater than `after`."""
+    return Call("GET", f"{_diagnosis(id)}/events", _page_reader(Event), query=_query(after=after))
+
+
+def get_diagnosis_alignment(id: str) -> Call[Alignment]:
+    """CKA of the student's layers with the teacher's, with ceiling and floor, and no `after`."""
+    return Call("GET", f"{_diagnosis(id)}/alignment", _reader(Alignment))
 
 
 def create_file(path: str | PathLike[str], purpose: str = "recovery") -> Call[File]:
@@ -300,6 +332,10 @@ def _recovery(id: str) -> str:
     return f"/v1/recoveries/{_checked(id, 'recovery')}"
 
 
+def _diagnosis(id: str) -> str:
+    return f"/v1/diagnoses/{_checked(id, 'diagnosis')}"
+
+
 def _file(id: str) -> str:
     return f"/v1/files/{_checked(id, 'file')}"
 
@@ -312,6 +348,19 @@ def _checked(id: str, kind: str) -> str:
 
 def _query(**values: str | int | None) -> tuple[tuple[str, str], ...]:
     return tuple((name, str(value)) for name, value in values.items() if value is not None)
+
+
+def _poll(path: str, model: type[M], version: int, wait: int) -> Call[M | None]:
+    """Held by the server until the job has another version, at most for `wait` seconds."""
+    condition = ("If-None-Match", f'"{version}"')
+    return Call(
+        "GET",
+        path,
+        partial(_read_unless_empty, model),
+        query=_query(wait=wait),
+        headers=(("Accept", "application/json"), condition),
+        hold=float(wait),
+    )
 
 
 def _reader(model: type[M]) -> Callable[[bytes], M]:
@@ -331,8 +380,8 @@ def _read_page(item: type[M], body: bytes) -> Page[M]:
     return Page[item].model_validate_json(body)  # type: ignore[valid-type]
 
 
-def _recovery_unless_empty(body: bytes) -> Recovery | None:
-    return Recovery.model_validate_json(body) if body else None
+def _read_unless_empty(model: type[M], body: bytes) -> M | None:
+    return model.model_validate_json(body) if body else None
 
 
 def _text(body: bytes) -> str:

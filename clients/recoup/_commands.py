@@ -12,6 +12,7 @@ import typer
 
 from recoup import __version__, _render, _uploads
 from recoup._completion import completion
+from recoup._diagnose import diagnose
 from recoup._doctor import doctor
 from recoup._session import Id, Json, connected, console, dump, echo, show, show_state
 from recoup._submit import dry_run, submit
@@ -46,6 +47,7 @@ def main(
 
 app.command()(submit)
 app.command()(dry_run)
+app.command()(diagnose)
 
 
 @app.command()
@@ -101,7 +103,7 @@ def resume(id: Id, json: Json = False) -> None:
 
 @app.command()
 def retry(id: Id, json: Json = False) -> None:
-    """Run a recovery again that failed or was cancelled; prints the job that runs."""
+    """Repeat a recovery that failed or was cancelled as a new one; prints that one."""
     with connected(json) as client:
         show_state(client.recoveries.retry(id), json)
 

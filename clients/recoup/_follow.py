@@ -12,7 +12,9 @@ Between two answers the server may be restarted: a follower outlives an outage o
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 from pydantic import ValidationError
@@ -40,9 +42,10 @@ from recoup.errors import (
     JobFailedError,
     WaitTimeoutError,
 )
-from recoup.schemas import TERMINAL_STATES, Event, Page, Progress, Recovery
+from recoup.schemas import TERMINAL_STATES, Diagnosis, Event, Page, Progress, Recovery
 
 T = TypeVar("T")
+J = TypeVar("J", Recovery, Diagnosis)
 
 PATIENCE = 120.0
 """Seconds without any answer after which a follower gives up."""
@@ -84,24 +87,23 @@ def wait(
     Raises JobFailedError if it ended `failed`, WaitTimeoutError after `timeout` seconds
     (the job goes on). The callbacks get the progress at each change and each event once.
     """
-    deadline = math.inf if timeout is None else WORLD.clock() + timeout
-    seen, progress = 0, None
-    recovery = yield from send(_calls.get_recovery(id))
-    while True:
-        if on_progress and recovery.progress and recovery.progress != progress:
-            progress = recovery.progress
-            yield Tell(on_progress, progress)
-        if on_event:
-            for event in (yield from everything(_calls.list_events(id, seen))):
-                seen = event.seq
-                yield Tell(on_event, event)
-        if recovery.state in TERMINAL_STATES:
-            return _unless_failed(recovery)
-        if WORLD.clock() >= deadline:
-            raise WaitTimeoutError(recovery)
-        yield Sleep(PAUSE)
-        held = int(max(0.0, min(LONG_POLL, deadline - WORLD.clock())))
-        recovery = (yield from _patiently(_calls.await_change(recovery, held))) or recovery
+    first, history = _calls.get_recovery(id), partial(_calls.list_events, id)
+    return (yield from _ended(first, _calls.await_change, history, timeout, on_progress, on_event))
+
+
+def wait_for_diagnosis(
+    id: str,
+    timeout: float | None = None,
+    on_progress: Callback[Progress] | None = None,
+    on_event: Callback[Event] | None = None,
+) -> Flow[Diagnosis]:
+    """The job once it has ended `succeeded` (with a report) or `cancelled`. Outlives a restart of the server.
+
+    Raises JobFailedError if it ended `failed`, WaitTimeoutError after `timeout` seconds
+    (the job goes on). The callbacks get the progress at each change and each event once.
+    """
+    first, history = _calls.get_diagnosis(id), partial(_calls.list_diagnosis_events, id)
+    return (yield from _ended(first, _calls.await_diagnosis, history, timeout, on_progress, on_event))
 
 
 def events(id: str, after: int = 0) -> Flow[None]:
@@ -159,6 +161,35 @@ FIRST_TRIES = 2
 """Failed tries of a follower that has not been answered yet."""
 
 
+def _ended(
+    first: Call[J],
+    change: Callable[[J, int], Call[J | None]],
+    history: Callable[[int], Call[Page[Event]]],
+    timeout: float | None,
+    on_progress: Callback[Progress] | None,
+    on_event: Callback[Event] | None,
+) -> Flow[J]:
+    """The job as it ended: asked for once, then whenever it has changed."""
+    deadline = math.inf if timeout is None else WORLD.clock() + timeout
+    seen, progress = 0, None
+    job = yield from send(first)
+    while True:
+        if on_progress and job.progress and job.progress != progress:
+            progress = job.progress
+            yield Tell(on_progress, progress)
+        if on_event:
+            for event in (yield from everything(history(seen))):
+                seen = event.seq
+                yield Tell(on_event, event)
+        if job.state in TERMINAL_STATES:
+            return _unless_failed(job)
+        if WORLD.clock() >= deadline:
+            raise WaitTimeoutError(job)
+        yield Sleep(PAUSE)
+        held = int(max(0.0, min(LONG_POLL, deadline - WORLD.clock())))
+        job = (yield from _patiently(change(job, held))) or job
+
+
 def _patiently(call: Call[T]) -> Flow[T]:
     """The answer, through an outage: whoever called before had an answer."""
     outage = Outage(patience=PATIENCE + call.hold)
@@ -181,7 +212,7 @@ def _new_event(frame: Frame, after: int) -> Event | None:
         raise InvalidAnswerError(f"The server sent an event that this client cannot read: {frame}") from error
 
 
-def _unless_failed(recovery: Recovery) -> Recovery:
-    if recovery.state == "failed":
-        raise JobFailedError(recovery)
-    return recovery
+def _unless_failed(job: J) -> J:
+    if job.state == "failed":
+        raise JobFailedError(job)
+    return job

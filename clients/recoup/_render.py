@@ -17,10 +17,13 @@ from recoup.schemas import (
     AlignmentState,
     Baseline,
     Cost,
+    DamageReport,
+    DiagnosisReport,
     DryRun,
     Estimate,
     File,
     Measure,
+    OutputForm,
     Recovery,
     Report,
     Sample,
@@ -35,6 +38,8 @@ def print_verdict(report: Report, console: Console) -> None:
     for line in verdict_lines(report):
         console.print(Text(line), soft_wrap=True)
     console.print(verdict_table(report))
+    for line in (*form_lines(report.forms), *trajectory_lines(report.training)):
+        console.print(Text(line), soft_wrap=True)
     for remark in report.remarks:
         console.print(Text(f"note: {clean(remark)}"), soft_wrap=True)
 
@@ -61,6 +66,61 @@ def _baseline_lines(baseline: Baseline | None) -> list[str]:
     ]
 
 
+def print_diagnosis(report: DiagnosisReport, console: Console) -> None:
+    """What was found in the weights, what student and teacher measure, and how alike their layers are."""
+    needed = "there is something to recover" if report.needed else "there is nothing to recover"
+    console.print(Text(f"damage: {report.damage.kind}; {needed}"), soft_wrap=True)
+    for sentence in report.damage.evidence:
+        console.print(Text(f"  {clean(sentence)}"), soft_wrap=True)
+    console.print(_exam_table(report.measures))
+    console.print(_layers_table(report.damage, report.alignment))
+    for remark in report.remarks:
+        console.print(Text(f"note: {clean(remark)}"), soft_wrap=True)
+
+
+def _exam_table(measures: Sequence[Measure]) -> Table:
+    table = Table("measure", "teacher", "student", "n")
+    for measure in measures:
+        name, teacher, student, *_ = _measure_row(measure)
+        table.add_row(name, teacher, student, str(measure.n))
+    return table
+
+
+def _layers_table(damage: DamageReport, alignment: Alignment) -> Table:
+    """A line for each pair of corresponding layers: how far apart their weights, how alike their states."""
+    table = Table("student", "teacher", "weight distance", "CKA [95 %]", "ceiling", "floor")
+    distances = [None, *damage.distance_by_layer]
+    for place, (mine, theirs) in enumerate(alignment.layer_map):
+        names = alignment.student_layers[mine], alignment.teacher_layers[theirs]
+        values = alignment.ceiling[place], alignment.floor[place]
+        table.add_row(
+            *map(clean, names),
+            _number(distances[mine] if mine < len(distances) else None),
+            _estimate(alignment.before.diagonal[place]),
+            *map(_number, values),
+        )
+    return table
+
+
+def form_lines(forms: Sequence[OutputForm]) -> list[str]:
+    """What each form of a packed student's recovery would be worth, and how large it is."""
+    return [
+        f"as {form.form}: recovered {_estimate(form.recovered)}, {form.bytes / 2**20:,.1f} MiB"
+        f"{', handed over' if form.handed_over else ''}"
+        for form in forms
+    ]
+
+
+def trajectory_lines(training: TrainingReport | None) -> list[str]:
+    """How alignment went with recovery along the training, where that was measured."""
+    found = training.trajectory.correlations if training and training.trajectory else []
+    return [
+        f"along the training, alignment ({clean(item.alignment)}) with recovery: "
+        f"Spearman {_estimate(item.spearman)}, Kendall {_estimate(item.kendall)}, n = {item.n}"
+        for item in found
+    ]
+
+
 def verdict_table(report: Report) -> Table:
     """Each measure of the teacher, before and after; then the alignment; in the caption what it cost."""
     title, caption = f"Recovery {clean(report.recovery)}", _cost(report.cost, report.training)
@@ -80,7 +140,7 @@ def jobs_table(recoveries: Sequence[Recovery]) -> Table:
     table = Table("id", "state", "stage", "outcome", "student", "created")
     for job in recoveries:
         id, student = Text(clean(job.id)), Text(clean(job.request.student.source))
-        table.add_row(id, job.state, job.stage, job.outcome, student, _moment(job.created_at))
+        table.add_row(id, state(job), job.stage, job.outcome, student, _moment(job.created_at))
     return table
 
 
@@ -135,11 +195,14 @@ def job_lines(job: Recovery) -> list[str]:
     progress = job.progress and f"{job.progress.done}/{job.progress.total} {clean(job.progress.unit)}"
     facts = {
         "id": job.id,
-        "state": job.state,
+        "state": state(job),
         "stage": job.stage,
         "progress": progress,
         "outcome": job.outcome,
         "error": job.error and clean(f"{job.error.message} ({job.error.code})"),
+        "retry of": job.retry_of and clean(job.retry_of),
+        "failures": job.failures,
+        "losses": job.losses,
         "student": clean(job.request.student.source),
         "teacher": clean(job.request.teacher.source),
         "created": _moment(job.created_at),
@@ -147,6 +210,11 @@ def job_lines(job: Recovery) -> list[str]:
         "finished": job.finished_at and _moment(job.finished_at),
     }
     return [f"{name}: {value}" for name, value in facts.items() if value]
+
+
+def state(job: Recovery) -> str:
+    """Its state, and whether it is about to pause."""
+    return f"{job.state}, pausing" if job.pausing else job.state
 
 
 def _indented(text: str) -> str:

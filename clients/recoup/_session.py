@@ -70,7 +70,7 @@ def echo(value: Any) -> None:
 
 def show_state(recovery: Recovery, json: bool) -> None:
     """What a verb made of a job."""
-    show(recovery, json, f"{recovery.id} {recovery.state}")
+    show(recovery, json, f"{recovery.id} {_render.state(recovery)}")
 
 
 def console() -> Console:
@@ -112,7 +112,7 @@ def advice(error: Exception) -> str | None:
             text = "Wait for its end with `recoup watch ID`."
         case errors.RateLimitError(retry_after=float(seconds)):
             text = f"Try again in {_render.span(seconds)}."
-        case errors.JobFailedError(recovery=recovery):
+        case errors.JobFailedError(recovery=Recovery() as recovery):
             text = f"`recoup show {recovery.id}` has the details, `recoup retry {recovery.id}` runs it again."
         case errors.ChecksumError():
             text = "Start the download again; files that arrived whole are kept."

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
+from pydantic import BaseModel
 
 from recoup import _render
 from recoup._session import Json, connected, show
@@ -20,8 +21,8 @@ from recoup.schemas import CreateRecovery, DryRun, Match, Recovery
 if TYPE_CHECKING:
     from recoup.client import Client
 
-_TASK = "NAME=FILE[:exact|contains|number]"
-_FILE = "FILE|ID"
+TASK = "NAME=FILE[:exact|contains|number]"
+FILE = "FILE|ID"
 _UPLOADED = re.compile(r"file-[0-9a-f]{24}")
 _UNSENT = f"file-{'0' * 24}"
 """The id of a file that is not uploaded yet."""
@@ -36,9 +37,9 @@ class Asked:
     """Prompts by the field that names them: an uploaded file's id, or a path."""
     tasks: list[tuple[dict[str, str], str | Path]]
 
-    def check(self) -> None:
+    def check(self, request: type[BaseModel] = CreateRecovery) -> None:
         """Raises ValidationError before a file is uploaded for nothing."""
-        CreateRecovery.model_validate(self.fields)
+        request.model_validate(self.fields)
 
     def sent(self, upload: Callable[[Path], str]) -> dict[str, Any]:
         """The fields, once `upload` has made an id of each path."""
@@ -56,14 +57,14 @@ def _asked(
     teacher: Annotated[str, typer.Option(help="Its healthy original.")],
     prompts: Annotated[
         str | None,
-        typer.Option(metavar=_FILE, help="JSONL of general prompts, or an uploaded one; default: built in."),
+        typer.Option(metavar=FILE, help="JSONL of general prompts, or an uploaded one; default: built in."),
     ] = None,
     keep: Annotated[
-        str | None, typer.Option(metavar=_FILE, help="JSONL of prompts of a skill to keep.")
+        str | None, typer.Option(metavar=FILE, help="JSONL of prompts of a skill to keep.")
     ] = None,
     task: Annotated[
         list[str] | None,
-        typer.Option(metavar=_TASK, help="JSONL of prompts with right answers to measure; may be repeated."),
+        typer.Option(metavar=TASK, help="JSONL of prompts with right answers to measure; may be repeated."),
     ] = None,
     damage: Annotated[str | None, typer.Option(help="finetuning, quantization, pruning or auto.")] = None,
     method: Annotated[str | None, typer.Option(help="off_policy, on_policy, two_stage, … or auto.")] = None,
@@ -76,20 +77,20 @@ def _asked(
     priority: Annotated[int | None, typer.Option(help="The highest is claimed first.")] = None,
     name: Annotated[str | None, typer.Option(help="Of the recovered model.")] = None,
 ) -> Asked:
-    fields = _given(
+    fields = given(
         student={"source": student},
         teacher={"source": teacher},
         damage=damage,
-        method=_given(type=method),
-        training=_given(mode=mode, steps=steps, learning_rate=learning_rate, batch_size=batch_size),
-        generation=_given(max_new_tokens=max_new_tokens),
-        evaluation=_given(tasks=[spec for spec, _ in map(_task, task or [])] or None),
-        output=_given(name=name),
+        method=given(type=method),
+        training=given(mode=mode, steps=steps, learning_rate=learning_rate, batch_size=batch_size),
+        generation=given(max_new_tokens=max_new_tokens),
+        evaluation=given(tasks=[spec for spec, _ in map(task_of, task or [])] or None),
+        output=given(name=name),
         seed=seed,
         priority=priority,
     )
-    sets = _given(prompts=_place(prompts, "--prompts"), keep=_place(keep, "--keep"))
-    return Asked(fields, sets, [*map(_task, task or [])])
+    sets = given(prompts=place_of(prompts, "--prompts"), keep=place_of(keep, "--keep"))
+    return Asked(fields, sets, [*map(task_of, task or [])])
 
 
 def with_request(command: Callable[..., None]) -> Callable[..., None]:
@@ -154,12 +155,12 @@ def _found(client: "Client", fields: dict[str, Any]) -> DryRun:
     raise RecoupError(f"This server knows no dry runs. It queued {queued.id}, which was cancelled.")
 
 
-def _given(**options: Any) -> dict[str, Any]:
+def given(**options: Any) -> dict[str, Any]:
     """The options that were given."""
     return {name: value for name, value in options.items() if value is not None and value != {}}
 
 
-def _place(option: str | None, name: str) -> str | Path | None:
+def place_of(option: str | None, name: str) -> str | Path | None:
     """The id of an uploaded file, or a path to one that is to be uploaded."""
     if option is None or _UPLOADED.fullmatch(option):
         return option
@@ -170,13 +171,13 @@ def _place(option: str | None, name: str) -> str | Path | None:
     return Path(option)
 
 
-def _task(option: str) -> tuple[dict[str, str], str | Path]:
+def task_of(option: str) -> tuple[dict[str, str], str | Path]:
     """`NAME=FILE[:MATCH]` as a task whose file is yet to be uploaded, and that file."""
     name, _, place = option.partition("=")
     path, _, match = place.rpartition(":")
     if match not in get_args(Match):
         path, match = place, "exact"
     if not (_UPLOADED.fullmatch(path) or Path(path).is_file()):
-        raise typer.BadParameter(f"'{path}' is no file; expected {_TASK}.", param_hint="'--task'")
+        raise typer.BadParameter(f"'{path}' is no file; expected {TASK}.", param_hint="'--task'")
     found = path if _UPLOADED.fullmatch(path) else Path(path)
     return {"name": name, "file": _UNSENT, "match": match}, found

@@ -22,6 +22,7 @@ from typing import Generic, Self, TypeVar
 from recoup import _calls
 from recoup._http import Async, RawAsync, RawSync, Sync, connect, connect_async
 from recoup._resource import Sends
+from recoup.diagnoses import Diagnoses
 from recoup.files import Files
 from recoup.recoveries import Recoveries
 
@@ -48,6 +49,7 @@ class Client:
     def _use(self, driver: Sync) -> None:
         self._driver = driver
         self.recoveries = Recoveries(driver)
+        self.diagnoses = Diagnoses(driver)
         self.files = Files(driver)
 
     capabilities = Sends(_calls.get_capabilities)
@@ -98,6 +100,7 @@ class AsyncClient:
     def _use(self, driver: Async) -> None:
         self._driver = driver
         self.recoveries = Recoveries(driver)
+        self.diagnoses = Diagnoses(driver)
         self.files = Files(driver)
 
     capabilities = Sends(_calls.get_capabilities)
@@ -138,6 +141,7 @@ class Resources(Generic[M]):
     def __init__(self, driver: M) -> None:
         self._driver = driver
         self.recoveries = Recoveries(driver)
+        self.diagnoses = Diagnoses(driver)
         self.files = Files(driver)
 
     capabilities = Sends(_calls.get_capabilities)

@@ -27,7 +27,7 @@ from http import HTTPStatus
 
 from pydantic import ValidationError
 
-from recoup.schemas import Problem, ProblemItem, Recovery
+from recoup.schemas import Diagnosis, Problem, ProblemItem, Recovery
 
 
 class RecoupError(Exception):
@@ -120,25 +120,26 @@ class InvalidAnswerError(RecoupError):
 class JobFailedError(RecoupError):
     """A job ended `failed`."""
 
-    def __init__(self, recovery: Recovery) -> None:
+    def __init__(self, recovery: Recovery | Diagnosis) -> None:
         super().__init__(recovery)
         self.recovery = recovery
 
     def __str__(self) -> str:
         error = self.recovery.error
         why = f"{error.message} ({error.code})" if error else "the server gave no reason"
-        return f"Recovery {self.recovery.id} failed in stage {self.recovery.stage or 'queue'}: {why}"
+        stage = self.recovery.stage or "queue"
+        return f"{_named(self.recovery)} failed in stage {stage}: {why}"
 
 
 class WaitTimeoutError(RecoupError):
     """The caller's patience ended before the job did."""
 
-    def __init__(self, recovery: Recovery) -> None:
+    def __init__(self, recovery: Recovery | Diagnosis) -> None:
         super().__init__(recovery)
         self.recovery = recovery
 
     def __str__(self) -> str:
-        return f"Recovery {self.recovery.id} is still {self.recovery.state}; it goes on without this wait."
+        return f"{_named(self.recovery)} is still {self.recovery.state}; it goes on without this wait."
 
 
 class ChecksumError(RecoupError):
@@ -182,3 +183,7 @@ def problem_of(status: int, body: bytes, request_id: str) -> Problem:
             request_id=request_id,
             errors=[],
         )
+
+
+def _named(job: Recovery | Diagnosis) -> str:
+    return f"{job.object.capitalize()} {job.id}"

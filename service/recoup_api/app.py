@@ -8,12 +8,13 @@ from fastapi.concurrency import run_in_threadpool
 
 import recoup
 from recoup.schemas import Problem
-from recoup_api import files, ops, problems, recoveries
+from recoup_api import diagnoses, files, ops, problems, recoveries
 from recoup_api.guard import Guard
 from recoup_api.limit import BodyLimit
-from recoup_jobs.dispatch import Publish, Sweeper, celery_app, celery_publisher
+from recoup_jobs.dispatch import Publish, celery_app, celery_publisher
 from recoup_jobs.ledger import Ledger
 from recoup_jobs.settings import Settings
+from recoup_jobs.sweeper import Sweeper
 
 
 def create_app(
@@ -36,7 +37,7 @@ def create_app(
     app.add_middleware(BodyLimit, larger_by_path={"/v1/files": files.LARGEST_UPLOAD})
     app.add_middleware(Guard, api_key=settings.api_key)
     problems.install(app)
-    for routes in (recoveries.router, files.router, ops.router):
+    for routes in (recoveries.router, diagnoses.router, files.router, ops.router):
         app.include_router(routes)
     return app
 

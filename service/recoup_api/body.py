@@ -1,32 +1,39 @@
-"""Reads the body of `POST /v1/recoveries`: JSON in UTF-8, of bounded size, exactly as the contract says.
+"""Reads JSON bodies: in UTF-8, of bounded size, exactly as the contract says.
 
 FastAPI's own way would hand pydantic a value that `json` has read, NaN and coercions
 included; here pydantic reads the bytes. Their number is bounded by `limit.py`.
 """
 
 import re
-from typing import Annotated, Any
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 
-from recoup.schemas import CreateRecovery
+from recoup.schemas import ChangeRecovery, CreateDiagnosis, CreateRecovery
 from recoup_jobs.errors import BadRequest, Unprocessable, UnsupportedMedia
 from recoup_jobs.findings import items_of
+
+M = TypeVar("M", bound=BaseModel)
 
 JSON_IN_UTF8 = re.compile(r'application/json\s*(;\s*charset="?utf-8"?\s*)?', re.IGNORECASE)
 
 
-async def _read(request: Request) -> CreateRecovery:
-    _require_json(request.headers.get("content-type", ""))
-    return parse(await request.body())
+def reader(model: type[M]) -> Callable[[Request], Awaitable[M]]:
+    """What reads a body of this model, as a dependency."""
+
+    async def read(request: Request) -> M:
+        return parse(await _json(request), model)
+
+    return read
 
 
-def parse(raw: bytes) -> CreateRecovery:
+def parse(raw: bytes, model: type[M]) -> M:
     """Raises `BadRequest` for what is no JSON, `Unprocessable` for what is not in the contract."""
     try:
-        return CreateRecovery.model_validate_json(raw)
+        return model.model_validate_json(raw)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         if first["type"] == "json_invalid":
@@ -35,17 +42,19 @@ def parse(raw: bytes) -> CreateRecovery:
         raise Unprocessable(items[0].code, f"{items[0].pointer}: {items[0].message}", items) from None
 
 
-def _require_json(content_type: str) -> None:
-    if not JSON_IN_UTF8.fullmatch(content_type):
+async def _json(request: Request) -> bytes:
+    if not JSON_IN_UTF8.fullmatch(request.headers.get("content-type", "")):
         raise UnsupportedMedia("unsupported_media_type", "send the body as application/json, in UTF-8")
+    return await request.body()
 
 
-RecoveryBody = Annotated[CreateRecovery, Depends(_read)]
+RecoveryBody = Annotated[CreateRecovery, Depends(reader(CreateRecovery))]
+ChangeBody = Annotated[ChangeRecovery, Depends(reader(ChangeRecovery))]
+DiagnosisBody = Annotated[CreateDiagnosis, Depends(reader(CreateDiagnosis))]
 
-_SCHEMA_AT = "#/paths/~1v1~1recoveries/post/requestBody/content/application~1json/schema/$defs/{model}"
 
-
-def documented() -> dict[str, Any]:
-    """The body's part of the OpenAPI document."""
-    schema = CreateRecovery.model_json_schema(ref_template=_SCHEMA_AT)
+def documented(model: type[BaseModel], path: str) -> dict[str, Any]:
+    """The part of the OpenAPI document that describes the body of `POST <path>`."""
+    place = f"#/paths/{path.replace('/', '~1')}/post/requestBody/content/application~1json/schema/$defs/"
+    schema = model.model_json_schema(ref_template=place.replace("{", "{{").replace("}", "}}") + "{model}")
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

@@ -8,9 +8,9 @@ from sqlalchemy import select
 import recoup
 from recoup.schemas import Capabilities, Damage, Method, TrainingSpec
 from recoup_api.wiring import TheLedger, TheSettings
-from recoup_jobs.dispatch import Sweeper
 from recoup_jobs.errors import Unavailable
 from recoup_jobs.sources import model_names
+from recoup_jobs.sweeper import Sweeper
 
 router = APIRouter(tags=["operations"])
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, Select, and_, or_, select
 
-from recoup.schemas import CreateRecovery
+from recoup.schemas import CreateRecovery, State
 from recoup_jobs.errors import StaleClaim
 from recoup_jobs.history import move
 from recoup_jobs.lifecycle import HELD_STATES
@@ -25,6 +25,10 @@ class Claim:
     job_id: str
     epoch: int
     request: CreateRecovery
+    spent_seconds: float = 0.0
+    """For how long earlier claims held the job."""
+    memory_failures: int = 0
+    """How often it ran out of memory before: a micro-batch is to be halved as often."""
 
 
 def take(
@@ -36,6 +40,11 @@ def take(
             return _claimed(conn, job, owner, lease_seconds)
         give_back(conn, job, max_losses, "lease_expired")
     return None
+
+
+def claim_of(job: Row[Any], epoch: int) -> Claim:
+    request = CreateRecovery.model_validate_json(job.request)
+    return Claim(job.id, epoch, request, job.spent_seconds, job.memory_failures)
 
 
 def fence(conn: Connection, claim: Claim) -> Row[Any]:
@@ -57,6 +66,13 @@ def abandoned() -> ColumnElement[bool]:
     return and_(jobs.c.state.in_(HELD_STATES), jobs.c.lease_until < now())
 
 
+def without_worker(job: Row[Any]) -> State:
+    """Where a job goes whose worker lets go of it before its end."""
+    if job.state == "cancelling":
+        return "cancelled"
+    return "paused" if job.pausing else "queued"
+
+
 def _best(queues: list[str], only: str | None) -> Select[Any]:
     """Abandoned jobs first, then by priority and arrival; rows that another worker looks at are skipped."""
     free = select(jobs).where(jobs.c.queue.in_(queues), or_(jobs.c.state == "queued", abandoned()))
@@ -68,10 +84,10 @@ def _best(queues: list[str], only: str | None) -> Select[Any]:
 
 def _claimed(conn: Connection, job: Row[Any], owner: str, lease_seconds: float) -> Claim:
     epoch = job.epoch + 1
-    lease = {"owner": owner, "lease_until": now() + lease_seconds, "epoch": epoch}
+    lease = {"owner": owner, "lease_until": now() + lease_seconds, "claimed_at": now(), "epoch": epoch}
     started_at = now() if job.started_at is None else job.started_at
     move(conn, job, "running", started_at=started_at, **lease)
-    return Claim(job.id, epoch, CreateRecovery.model_validate_json(job.request))
+    return claim_of(job, epoch)
 
 
 def give_back(conn: Connection, job: Row[Any], max_losses: int, reason: str) -> None:
@@ -80,7 +96,7 @@ def give_back(conn: Connection, job: Row[Any], max_losses: int, reason: str) -> 
         return move(conn, job, "cancelled", {"reason": reason})
     losses = job.infrastructure_losses + 1
     if losses < max_losses:
-        return move(conn, job, "queued", {"reason": reason}, infrastructure_losses=losses)
+        return move(conn, job, without_worker(job), {"reason": reason}, infrastructure_losses=losses)
     message = f"{losses} times a worker or its runner vanished while it held this job"
     error = {"code": "infrastructure_losses", "message": message}
     return move(conn, job, "failed", {"error": error}, error=error, infrastructure_losses=losses)

@@ -2,14 +2,18 @@
 
 SQLite: WAL, so that readers never wait for the writer; every write transaction is `BEGIN
 IMMEDIATE`, because a reader that turns into a writer fails at once instead of waiting;
-`synchronous=FULL`, because a claim must survive power loss. One host, a local disk.
+`synchronous=FULL`, because a claim must survive power loss. One host, a local disk. Who waits
+for the writer asks again at short random intervals: SQLite's own handler asks the less often
+the longer it has waited, so that under load the oldest waiter never gets its turn.
 
 Migrations run once, under a lock that all processes of an installation share.
 """
 
 import fcntl
 import json
-from collections.abc import Iterator
+import random
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,12 +22,21 @@ from typing import Any
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 READ_ONLY = {"recoup_read_only": True}
 """Execution options of a connection that only reads."""
 
 MIGRATIONS = Path(__file__).with_name("migrations")
 MIGRATION_LOCK = 0x7265636F7570  # "recoup"
+
+AWAY = (OperationalError, InterfaceError, PoolTimeout)
+"""How it shows that the database cannot be reached, or will not answer in time."""
+PAUSE_SECONDS = 0.25
+READER_BUSY_MS, WRITER_BUSY_SECONDS = 15_000, 15.0
+POSTGRESQL = {"connect_timeout": 5, "tcp_user_timeout": 10_000}
+"""A server that vanished without a word is noticed before a lease runs out."""
 
 
 def connect(url: str) -> Engine:
@@ -36,11 +49,26 @@ def connect(url: str) -> Engine:
         "hide_parameters": True,
     }
     if make_url(url).get_backend_name() != "sqlite":
-        return create_engine(url, pool_pre_ping=True, connect_args={"connect_timeout": 5}, **habits)
+        return create_engine(url, pool_pre_ping=True, connect_args=POSTGRESQL, **habits)
     engine = create_engine(url, **habits)
     event.listen(engine, "connect", _set_up_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+def patiently(write: Callable[[], None], seconds: float) -> None:
+    """Tries a transaction again while the database is away, for so long.
+
+    One whose commit was done but not acknowledged comes a second time, so it must bear that.
+    """
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            return write()
+        except AWAY:
+            if time.monotonic() > until:
+                raise
+            time.sleep(PAUSE_SECONDS)
 
 
 def migrate(engine: Engine) -> None:
@@ -48,10 +76,15 @@ def migrate(engine: Engine) -> None:
     with _migration_lock(engine), engine.begin() as connection:
         if engine.dialect.name == "postgresql":
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
-        config = Config()
-        config.set_main_option("script_location", str(MIGRATIONS))
-        config.attributes["connection"] = connection
-        command.upgrade(config, "head")
+        command.upgrade(migrations(connection), "head")
+
+
+def migrations(connection: Connection) -> Config:
+    """Alembic's view of the revisions, for this connection and inside its transaction."""
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    config.attributes["connection"] = connection
+    return config
 
 
 @contextmanager
@@ -70,10 +103,27 @@ def _migration_lock(engine: Engine) -> Iterator[None]:
 
 def _set_up_sqlite(connection: Any, _record: Any) -> None:
     connection.isolation_level = None  # the driver must not begin transactions by itself
-    for pragma in ("busy_timeout = 15000", "foreign_keys = ON", "synchronous = FULL"):
+    for pragma in (f"busy_timeout = {READER_BUSY_MS}", "foreign_keys = ON", "synchronous = FULL"):
         connection.execute(f"PRAGMA {pragma}")
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    read_only = connection.get_execution_options().get("recoup_read_only")
-    connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
+    if connection.get_execution_options().get("recoup_read_only"):
+        connection.exec_driver_sql("BEGIN")
+        return
+    connection.exec_driver_sql("PRAGMA busy_timeout = 0")
+    _wait_for_turn(connection)
+    connection.exec_driver_sql(f"PRAGMA busy_timeout = {READER_BUSY_MS}")
+
+
+def _wait_for_turn(connection: Connection) -> None:
+    until = time.monotonic() + WRITER_BUSY_SECONDS
+    while True:
+        try:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+        except OperationalError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(random.uniform(0.001, 0.005))
+        else:
+            return

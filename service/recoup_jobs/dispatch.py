@@ -1,23 +1,15 @@
 """Hints: how a worker learns that there may be work. The message is never the truth, the row is.
 
 A hint carries a job's id and nothing else. It is acknowledged before the work begins, may
-come twice, late or never; the sweeper reads from the ledger which jobs nobody heard of and
+come twice, late or never; the sweeper (`sweeper.py`) reads from the ledger which jobs nobody heard of and
 publishes them again. The settings are those that lost, stuck or doubled no job in the
 fault table of Celery 5.7 on Redis (late acks, result backends and prefetching all did).
 """
 
-import logging
-import threading
 from collections.abc import Callable, Iterable
 
 from celery import Celery
 from kombu.entity import Queue
-from kombu.exceptions import OperationalError as BrokerError
-from sqlalchemy.exc import InterfaceError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
-
-from recoup_jobs.ledger import Ledger
-from recoup_jobs.settings import Settings
 
 RUN_JOB = "recoup.run_job"
 """The only task; its only argument is the job's id."""
@@ -27,10 +19,6 @@ QUEUES = ("gpu.cpu", "gpu.1x24g", "gpu.1x80g", "gpu.8x80g")
 
 Publish = Callable[[str, str], None]
 """`publish(job_id, queue)`."""
-
-OUTAGES = (BrokerError, OperationalError, InterfaceError, PoolTimeout)
-
-log = logging.getLogger(__name__)
 
 
 def celery_app(broker_url: str, queues: Iterable[str] = QUEUES) -> Celery:
@@ -72,37 +60,3 @@ def celery_publisher(app: Celery) -> Publish:
 
 def _queue(name: str) -> Queue:
     return Queue(name, routing_key=name)  # type: ignore[no-untyped-call]
-
-
-class Sweeper:
-    """A thread that publishes what is due. Several may run; a hint too many is harmless."""
-
-    def __init__(self, ledger: Ledger, publish: Publish, settings: Settings) -> None:
-        self._ledger = ledger
-        self._publish = publish
-        self._settings = settings
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="sweeper", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._stopping.set()
-        self._thread.join()
-
-    @property
-    def alive(self) -> bool:
-        return self._thread.is_alive()
-
-    def _run(self) -> None:
-        while not self._stopping.wait(self._settings.sweep_seconds):
-            try:
-                self._sweep()
-            except OUTAGES as outage:
-                log.warning("no hint could be published, the next sweep tries again: %s", outage)
-
-    def _sweep(self) -> None:
-        for job_id, queue in self._ledger.due(self._settings.republish_seconds):
-            self._publish(job_id, queue)
-            self._ledger.mark_published(job_id)

@@ -6,7 +6,7 @@ transaction, so a row and its history cannot disagree.
 
 from typing import Any, Literal
 
-from sqlalchemy import Connection, Row, insert, update
+from sqlalchemy import ColumnElement, Connection, Row, case, insert, update
 
 from recoup.schemas import State
 from recoup.schemas.recovery import TERMINAL_STATES
@@ -24,7 +24,7 @@ def move(
     Raises `Conflict` where the step is not in the table of `lifecycle.py`.
     """
     check(job.state, new)
-    values = {"state": new, "version": jobs.c.version + 1} | _implied_by(new) | columns
+    values = {"state": new, "version": jobs.c.version + 1} | _implied_by(job, new) | columns
     conn.execute(update(jobs).where(jobs.c.id == job.id).values(values))
     append(
         conn,
@@ -43,12 +43,21 @@ def append(conn: Connection, job_id: str, epoch: int, type: EventType, data: dic
     conn.execute(insert(events).values(row))
 
 
-def _implied_by(new: State) -> dict[str, Any]:
+def _implied_by(job: Row[Any], new: State) -> dict[str, Any]:
     implied: dict[str, Any] = {}
     if new not in HELD_STATES:
-        implied |= {"owner": None, "lease_until": None, "progress": None}
+        implied |= {"owner": None, "lease_until": None, "claimed_at": None, "progress": None}
+        implied |= {"pausing": False}
+        if job.claimed_at is not None:
+            implied |= {"spent_seconds": jobs.c.spent_seconds + _held_for()}
     if new == "queued":
         implied |= {"published_at": None}
     if new in TERMINAL_STATES:
         implied |= {"finished_at": now()}
     return implied
+
+
+def _held_for() -> ColumnElement[float]:
+    """Seconds since the claim; a worker that vanished did not work past its lease."""
+    until = case((jobs.c.lease_until < now(), jobs.c.lease_until), else_=now())
+    return until - jobs.c.claimed_at

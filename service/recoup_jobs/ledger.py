@@ -1,28 +1,42 @@
-"""The ledger: what every recovery is, was and may become. The row is the truth; messages are hints.
+"""The ledger: what every job is, was and may become. The row is the truth; messages are hints.
 
-Clients create, read and cancel. Workers claim, and then write under their claim's epoch.
-Each method is one transaction; each change of state comes with its event. How claims work
-stands in `claims.py`, how a row changes together with its history in `history.py`.
+Clients create, read and ask (`verbs.py`). Workers claim (`claims.py`), and then write under
+their claim's epoch. Each method is one transaction; each change of state comes with its event
+(`history.py`). A worker's writes outlast a database that is away for a moment.
 """
 
-import re
-import secrets
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 from sqlalchemy import Connection, Engine, Row, and_, insert, or_, select, update
 
-from recoup.schemas import CreateRecovery, Event, JobError, Outcome, Page, Progress, Recovery, Stage, State
-from recoup_jobs.claims import Claim, abandoned, fence, give_back, held_by, take
-from recoup_jobs.database import READ_ONLY, connect, migrate
+from recoup.schemas import (
+    ChangeRecovery,
+    CreateRecovery,
+    Event,
+    JobError,
+    Outcome,
+    Page,
+    Progress,
+    Recovery,
+    Stage,
+    State,
+)
+from recoup_jobs import verbs
+from recoup_jobs.claims import Claim, abandoned, claim_of, fence, give_back, held_by, take, without_worker
+from recoup_jobs.database import READ_ONLY, connect, migrate, patiently
 from recoup_jobs.errors import BadRequest, Conflict, NotFound
+from recoup_jobs.failures import judge
 from recoup_jobs.history import EventType, append, move
+from recoup_jobs.kinds import JOB_ID, PREFIXES, JobKind, kind_of, new_id
 from recoup_jobs.pages import page
 from recoup_jobs.settings import Settings
-from recoup_jobs.tables import events, jobs, now, stages
+from recoup_jobs.tables import events, jobs, leaders, now, stages
 
-JOB_ID = re.compile(r"rec_[0-9a-f]{24}")
+PATIENCE_SECONDS = 20.0
+"""For how long a worker's write is tried while the database is away; less than a lease by default."""
+Held = Literal["held", "cancel", "pause", "lost"]
 
 
 def open_ledger(settings: Settings) -> "Ledger":
@@ -53,8 +67,8 @@ class Ledger:
 
     # What clients do
 
-    def create(self, request: CreateRecovery, queue: str) -> Recovery:
-        id = f"rec_{secrets.token_hex(12)}"
+    def create(self, request: CreateRecovery, queue: str, kind: JobKind = "recovery") -> Recovery:
+        id = new_id(kind)
         row = {
             "id": id,
             "state": "queued",
@@ -73,8 +87,9 @@ class Ledger:
             return _recovery(_job(conn, id))
 
     def list(self, after: str | None, limit: int, state: State | None = None) -> Page[Recovery]:
-        """Newest first, from the job that came before `after`."""
-        query = select(jobs).order_by(jobs.c.number.desc()).limit(limit + 1)
+        """Newest first, from the recovery that came before `after`."""
+        recoveries = jobs.c.id.startswith(PREFIXES["recovery"], autoescape=True)
+        query = select(jobs).where(recoveries).order_by(jobs.c.number.desc()).limit(limit + 1)
         if state is not None:
             query = query.where(jobs.c.state == state)
         with self.reading() as conn:
@@ -92,14 +107,53 @@ class Ledger:
         return page(found, limit, lambda event: str(event.seq))
 
     def cancel(self, id: str) -> Recovery:
-        """A queued job ends at once; a running one is asked to stop, and asking again changes nothing."""
+        return self._ask(id, verbs.cancel)
+
+    def pause(self, id: str) -> Recovery:
+        return self._ask(id, verbs.pause)
+
+    def resume(self, id: str) -> Recovery:
+        return self._ask(id, verbs.resume)
+
+    def change(self, id: str, asked: ChangeRecovery) -> Recovery:
+        return self._ask(id, lambda conn, job: verbs.change(conn, job, asked))
+
+    def retry(self, id: str) -> Recovery:
+        """A new recovery for one that failed or was cancelled; it takes over what was committed."""
+        new = new_id(kind_of(id))
         with self.engine.begin() as conn:
-            job = _job(conn, id, lock=True)
-            if job.state != "cancelling":
-                move(conn, job, "cancelled" if job.state == "queued" else "cancelling")
+            verbs.retry(conn, _job(conn, id, lock=True), new)
+            return _recovery(_job(conn, new))
+
+    def _ask(self, id: str, verb: Callable[[Connection, Row[Any]], None]) -> Recovery:
+        with self.engine.begin() as conn:
+            verb(conn, _job(conn, id, lock=True))
             return _recovery(_job(conn, id))
 
     # What the sweeper does
+
+    def lead(self, role: str, owner: str, seconds: float) -> bool:
+        """Whether `owner` is the one that does this for so long from now: nobody else is, or no longer."""
+        free = or_(leaders.c.owner == owner, leaders.c.until < now())
+        elected = update(leaders).where(leaders.c.role == role, free)
+        with self.engine.begin() as conn:
+            return conn.execute(elected.values(owner=owner, until=now() + seconds)).rowcount == 1
+
+    def resign(self, role: str, owner: str) -> None:
+        """Lets another lead at once."""
+        mine = update(leaders).where(leaders.c.role == role, leaders.c.owner == owner)
+        with self.engine.begin() as conn:
+            conn.execute(mine.values(owner=None, until=0.0))
+
+    def take_back(self) -> None:
+        """Gives back the jobs whose worker vanished, so that they end or wait for another."""
+        with self.reading() as conn:
+            ids = conn.execute(select(jobs.c.id).where(abandoned())).scalars().all()
+        for id in ids:
+            again = select(jobs).where(jobs.c.id == id, abandoned()).with_for_update(skip_locked=True)
+            with self.engine.begin() as conn:
+                if (job := conn.execute(again).first()) is not None:
+                    give_back(conn, job, self._max_losses, "lease_expired")
 
     def due(self, republish_seconds: float) -> Sequence[tuple[str, str]]:
         """(id, queue) of the jobs that wait for a worker and whose last hint is old or for another wait."""
@@ -124,36 +178,61 @@ class Ledger:
         with self.engine.begin() as conn:
             return take(conn, owner, [*queues], lease_seconds, only, self._max_losses)
 
-    def renew(self, claim: Claim, lease_seconds: float) -> Literal["held", "cancel", "lost"]:
+    def claimed(self, job_id: str, epoch: int) -> Claim:
+        """The claim that a supervisor hands to its runner by these two."""
+        with self.reading() as conn:
+            return claim_of(_job(conn, job_id), epoch)
+
+    def renew(self, claim: Claim, lease_seconds: float) -> Held:
+        """Holds the job for longer; answers what its clients ask of it by now."""
         longer = update(jobs).where(held_by(claim)).values(lease_until=now() + lease_seconds)
         with self.engine.begin() as conn:
-            state = conn.execute(longer.returning(jobs.c.state)).scalar()
-        return "lost" if state is None else "cancel" if state == "cancelling" else "held"
+            job = conn.execute(longer.returning(jobs.c.state, jobs.c.pausing)).first()
+        if job is None:
+            return "lost"
+        if job.state == "cancelling":
+            return "cancel"
+        return "pause" if job.pausing else "held"
+
+    def pulse(self, job_id: str) -> int:
+        """Grows with everything that is written about the job, renewals aside."""
+        with self.reading() as conn:
+            job = _job(conn, job_id)
+            return int(job.version + job.last_seq)
 
     def release(self, claim: Claim) -> None:
-        """Gives the job back unharmed, for another worker; a job that was to be cancelled is cancelled."""
-        with self._fenced(claim) as (conn, job):
-            move(conn, job, _without_worker(job), {"reason": "released"})
+        """Gives the job back unharmed: to nobody or to its end if that was asked, else to another worker."""
+        self._fenced(claim, lambda conn, job: move(conn, job, without_worker(job), {"reason": "released"}))
 
-    def lose(self, claim: Claim) -> None:
+    def lose(self, claim: Claim, reason: str = "runner_lost") -> None:
         """The runner died of no fault of the job's: counts a loss and queues the job again."""
-        with self._fenced(claim) as (conn, job):
-            give_back(conn, job, self._max_losses, "runner_lost")
+        self._fenced(claim, lambda conn, job: give_back(conn, job, self._max_losses, reason))
 
     def enter_stage(self, claim: Claim, stage: Stage) -> None:
-        with self._fenced(claim) as (conn, _):
+        def enter(conn: Connection, _: Row[Any]) -> None:
             _touch(conn, claim, stage=stage, progress=None)
             append(conn, claim.job_id, claim.epoch, "stage", {"stage": stage, "status": "started"})
 
+        self._fenced(claim, enter)
+
     def commit_stage(self, claim: Claim, stage: Stage, folder: str) -> None:
-        """Makes the stage's result the job's, once and for all."""
+        """Makes the stage's result the job's, once and for all.
+
+        To commit the same folder again changes nothing: the answer to the first try may have been lost.
+        """
         row = {"job_id": claim.job_id, "stage": stage, "epoch": claim.epoch, "folder": folder}
-        with self._fenced(claim) as (conn, _):
-            if stage in _committed(conn, claim.job_id):
+
+        def commit(conn: Connection, _: Row[Any]) -> None:
+            committed = _committed(conn, claim.job_id).get(stage)
+            if committed == folder:
+                return
+            if committed is not None:
                 raise Conflict("stage_committed", f"stage {stage} of {claim.job_id} is committed already")
             conn.execute(insert(stages).values(committed_at=now(), **row))
             _touch(conn, claim)
             append(conn, claim.job_id, claim.epoch, "stage", {"stage": stage, "status": "committed"})
+
+        self._fenced(claim, commit)
 
     def committed(self, job_id: str) -> dict[str, str]:
         """The folder of each stage that is done."""
@@ -161,42 +240,47 @@ class Ledger:
             return _committed(conn, job_id)
 
     def progress(self, claim: Claim, progress: Progress) -> None:
-        with self._fenced(claim) as (conn, _):
-            _touch(conn, claim, progress=progress.model_dump(mode="json"))
+        point = progress.model_dump(mode="json")
+        self._fenced(claim, lambda conn, _: _touch(conn, claim, progress=point))
 
     def event(self, claim: Claim, type: EventType, data: dict[str, Any]) -> None:
-        with self._fenced(claim) as (conn, _):
-            append(conn, claim.job_id, claim.epoch, type, data)
+        self._fenced(claim, lambda conn, _: append(conn, claim.job_id, claim.epoch, type, data))
 
-    def succeed(self, claim: Claim, outcome: Outcome) -> None:
-        with self._fenced(claim) as (conn, job):
-            move(conn, job, "succeeded", {"outcome": outcome}, outcome=outcome)
+    def succeed(self, claim: Claim, outcome: Outcome | None) -> None:
+        """A diagnosis has no outcome."""
+        ended = {"outcome": outcome}
+        self._fenced(claim, lambda conn, job: move(conn, job, "succeeded", ended, outcome=outcome))
 
     def fail(self, claim: Claim, code: str, message: str, retry: bool) -> None:
         """Ends the job, or queues it again where that may help and has not been tried too often."""
-        error = JobError(code=code, message=message).model_dump()
-        with self._fenced(claim) as (conn, job):
-            failures = job.application_failures + 1
-            if not retry or failures >= self._max_failures:
-                move(conn, job, "failed", {"error": error}, error=error, application_failures=failures)
+
+        def fail(conn: Connection, job: Row[Any]) -> None:
+            verdict = judge(job, JobError(code=code, message=message), retry, self._max_failures)
+            told = {"error": verdict.error}
+            if verdict.again:
+                move(conn, job, without_worker(job), told, **verdict.counts)
             else:
-                move(conn, job, _without_worker(job), {"error": error}, application_failures=failures)
+                move(conn, job, "failed", told, error=verdict.error, **verdict.counts)
+
+        self._fenced(claim, fail)
 
     def cancelled(self, claim: Claim) -> None:
-        with self._fenced(claim) as (conn, job):
-            move(conn, job, "cancelled")
+        self._fenced(claim, lambda conn, job: move(conn, job, "cancelled"))
 
-    @contextmanager
-    def _fenced(self, claim: Claim) -> Iterator[tuple[Connection, Row[Any]]]:
-        with self.engine.begin() as conn:
-            yield conn, fence(conn, claim)
+    def _fenced(self, claim: Claim, change: Callable[[Connection, Row[Any]], None]) -> None:
+        def write() -> None:
+            with self.engine.begin() as conn:
+                change(conn, fence(conn, claim))
+
+        patiently(write, PATIENCE_SECONDS)
 
 
 def _job(conn: Connection, id: str, lock: bool = False) -> Row[Any]:
     query = select(jobs).where(jobs.c.id == id)
     job = conn.execute(query.with_for_update() if lock else query).first() if JOB_ID.fullmatch(id) else None
     if job is None:
-        raise NotFound("recovery_not_found", "there is no recovery of this id")
+        kind = kind_of(id)
+        raise NotFound(f"{kind}_not_found", f"there is no {kind} of this id")
     return job
 
 
@@ -210,10 +294,6 @@ def _cursor(conn: Connection, after: str) -> int:
 def _touch(conn: Connection, claim: Claim, **columns: Any) -> None:
     changed = {"version": jobs.c.version + 1} | columns
     conn.execute(update(jobs).where(jobs.c.id == claim.job_id).values(changed))
-
-
-def _without_worker(job: Row[Any]) -> State:
-    return "cancelled" if job.state == "cancelling" else "queued"
 
 
 def _committed(conn: Connection, job_id: str) -> dict[str, str]:
@@ -231,7 +311,11 @@ def _recovery(row: Row[Any]) -> Recovery:
         error=row.error and JobError(**row.error),
         progress=row.progress and Progress(**row.progress),
         request=CreateRecovery.model_validate_json(row.request),
+        pausing=row.pausing,
+        retry_of=row.retry_of,
         epoch=row.epoch,
+        failures=row.application_failures,
+        losses=row.infrastructure_losses,
         version=row.version,
         created_at=row.created_at,
         started_at=row.started_at,

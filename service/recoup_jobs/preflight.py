@@ -32,6 +32,7 @@ FEWEST_PROMPTS = 48
 FROM_REFERENCES = frozenset({"sft", "rewrite_sft", "self_demonstration"})
 """Methods that learn from the reference answers of `prompts`."""
 
+DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
 HIDDEN_SIZE_KEYS = ("hidden_size", "n_embd", "d_model")
 
 
@@ -62,8 +63,12 @@ def preflight(request: CreateRecovery, ledger: Ledger, settings: Settings) -> Mo
     teacher = _inspect(findings, "/teacher/source", request.teacher, settings)
     if student and teacher:
         _compare(findings, student, teacher)
+    if student:
+        _check_layers(findings, request, student)
     if student and student.quantizer:
-        _check_adapter_only(findings, request, student.quantizer)
+        _check_packed(findings, request, student.quantizer)
+    elif student:
+        _check_plain(findings, request)
     _check_data(findings, request, ledger, settings)
     findings.raise_if_any()
     assert student and teacher, "a model that could not be read is a finding"
@@ -129,16 +134,33 @@ def _require_same_template(student: Model, teacher: Model) -> None:
         raise Unprocessable("chat_template_mismatch", message)
 
 
-def _check_adapter_only(findings: Findings, request: CreateRecovery, quantizer: str) -> None:
-    """Packed weights stay as they are: they have no gradient, and a merged adapter would be rounded again."""
+def _check_plain(findings: Findings, request: CreateRecovery) -> None:
+    with findings.at("/output/kind"):
+        if request.output.kind == "requantized":
+            message = "the student's weights are not packed, so nothing says how to pack them; use merged"
+            raise Unprocessable("unsupported_request", message)
+
+
+def _check_packed(findings: Findings, request: CreateRecovery, quantizer: str) -> None:
+    """Packed weights have no gradient; only what bitsandbytes packed can be unpacked, and packed again."""
     packed = f"the student's weights are packed by {quantizer} and stay as they are"
     with findings.at("/training/mode"):
         if request.training.mode in MODEL_KINDS:
             message = f"{packed}, so training.mode {request.training.mode} cannot be; use lora, or auto"
             raise Unprocessable("unsupported_request", message)
     with findings.at("/output/kind"):
-        if request.output.kind == "merged":
+        if request.output.kind in {"merged", "requantized"} and quantizer != "bitsandbytes":
             message = f"{packed}, so no adapter can be merged into them; use adapter, or auto"
+            raise Unprocessable("unsupported_request", message)
+
+
+def _check_layers(findings: Findings, request: CreateRecovery, student: Model) -> None:
+    layers, depth = request.alignment.layers, _config_value(student, *DEPTH_KEYS)
+    if layers != "all" and isinstance(depth, int) and max(layers) >= depth:
+        with findings.at("/alignment/layers"):
+            message = (
+                f"the student has {depth} decoder blocks, 0 to {depth - 1}; {max(layers)} is none of them"
+            )
             raise Unprocessable("unsupported_request", message)
 
 

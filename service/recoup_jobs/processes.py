@@ -17,13 +17,16 @@ PR_SET_PDEATHSIG = 1
 
 def bound(command: list[str]) -> list[str]:
     """The same command, started so that it ends when the thread that starts it does."""
-    return [sys.executable, "-m", "recoup_jobs.processes", *command]
+    return [sys.executable, "-m", "recoup_jobs.processes", str(os.getpid()), *command]
 
 
-def die_with_parent() -> None:
-    """Makes this process receive SIGKILL when the thread that started it ends; Linux only."""
+def die_with_parent(parent: int | None = None) -> None:
+    """Makes this process receive SIGKILL when the thread that started it ends; Linux only.
+
+    `parent` is its process, if that is known: it may be gone already.
+    """
     if sys.platform == "linux":
-        parent = os.getppid()
+        parent = parent or os.getppid()
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -55,5 +58,5 @@ def kill_group(process: subprocess.Popen[bytes]) -> None:
 
 
 if __name__ == "__main__":
-    die_with_parent()
-    os.execvp(sys.argv[1], sys.argv[1:])
+    die_with_parent(int(sys.argv[1]))
+    os.execvp(sys.argv[2], sys.argv[2:])

@@ -40,8 +40,10 @@ class Settings(BaseSettings):
     """The class of machine that new jobs ask for."""
     lease_seconds: Seconds = 30
     """A worker that does not renew its claim for so long has lost it."""
-    grace_seconds: Seconds = 30
+    grace_seconds: Seconds = 25
     """From SIGTERM to SIGKILL, for a runner that is told to stop."""
+    stall_seconds: Seconds = 1800
+    """A runner that writes nothing into the ledger for so long is stuck, and is killed."""
     sweep_seconds: Seconds = 1
     republish_seconds: Seconds = 60
     """A hint that nobody followed for so long is published again."""

@@ -1,8 +1,9 @@
-"""The four tables of the ledger, and the database's own clock.
+"""The tables of the ledger, and the database's own clock.
 
 Times are Unix seconds. `jobs.number` orders jobs by arrival, `jobs.id` is what the world
 sees. `jobs.last_seq` counts the job's events, so that `events.seq` has no gaps. The
-request stays the JSON text that was accepted.
+request stays the JSON text that was accepted. `jobs.published_at` is the outbox: NULL means
+that nobody was told of the job yet. A row of `leaders` says who does what only one may do.
 """
 
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from sqlalchemy import (
     JSON,
     BigInteger,
+    Boolean,
     Column,
     Double,
     ForeignKey,
@@ -45,10 +47,16 @@ jobs = Table(
     Column("lease_until", Double),
     Column("application_failures", Integer, nullable=False, default=0),
     Column("infrastructure_losses", Integer, nullable=False, default=0),
+    Column("memory_failures", Integer, nullable=False, default=0),
+    Column("pausing", Boolean, nullable=False, default=False),
+    Column("retry_of", String(32)),
+    Column("claimed_at", Double),
+    Column("spent_seconds", Double, nullable=False, default=0.0),
     Column("published_at", Double),
     Column("created_at", Double, nullable=False),
     Column("started_at", Double),
     Column("finished_at", Double),
+    Column("cleared_at", Double),
     sqlite_autoincrement=True,
 )
 
@@ -86,6 +94,14 @@ files = Table(
     Column("sha256", String(64), nullable=False),
     Column("created_at", Double, nullable=False),
     sqlite_autoincrement=True,
+)
+
+leaders = Table(
+    "leaders",
+    metadata,
+    Column("role", String(32), primary_key=True),
+    Column("owner", String(200)),
+    Column("until", Double, nullable=False),
 )
 
 

@@ -22,7 +22,7 @@ from recoup.schemas import TextRow
 from recoup_jobs.datasets import BUILTIN, read_rows
 from recoup_jobs.errors import RecoupError
 from recoup_jobs.rows import Row
-from recoup_ml import cka, damage, models
+from recoup_ml import alignment, cka, damage, models
 from recoup_ml.errors import RecoveryError
 from recoup_ml.sequences import encode, with_answer
 
@@ -44,6 +44,7 @@ class Comparison:
     max_length: int
     completion_only: bool
     controls: bool
+    pooled: bool
     seed: int
 
 
@@ -69,14 +70,14 @@ def run_align(asked: Comparison, as_json: bool) -> int:
         console.print(table(found))
     for problem in found.problems:
         notes.print(f"[yellow]{problem}[/yellow]")
-    notes.print(f"alignment.json, .csv, .png and .svg are in {asked.out}")
+    notes.print(f"alignment.json, .csv, .png, .svg and .safetensors are in {asked.out}")
     return 0
 
 
 def compare(asked: Comparison, console: Console) -> cka.Alignment:
     transformers.utils.logging.disable_progress_bar()
     inspected = damage.inspect(asked.student, asked.teacher)
-    layer_map = [(0, 0), *((mine + 1, theirs + 1) for mine, theirs in inspected.layer_map)]
+    layer_map = alignment.with_embeddings(inspected.layer_map)
     tokenizer = models.load_tokenizer(asked.teacher)
     texts = read_texts(asked, tokenizer)
     student, teacher = models.load(asked.student), models.load(asked.teacher)
@@ -89,6 +90,7 @@ def compare(asked: Comparison, console: Console) -> cka.Alignment:
             layer_map=layer_map,
             tokens=asked.tokens,
             controls=asked.controls,
+            pooled=asked.pooled,
             seed=asked.seed,
             tick=lambda done: progress.update(bar, completed=done),
         )
@@ -130,7 +132,7 @@ def batches(texts: list[Text], pad_id: int) -> Iterator[dict[str, Tensor]]:
 def table(found: cka.Alignment) -> Table:
     """A line for each pair of corresponding layers."""
     title = (
-        f"CKA over {found.tokens:,} tokens of {found.texts:,} texts "
+        f"CKA over {'the means of ' * found.pooled}{found.tokens:,} tokens of {found.texts:,} texts "
         f"({found.dropped_first:,} first tokens and {found.dropped_outliers:,} outliers dropped)"
     )
     shown = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
@@ -150,6 +152,7 @@ def write(found: cka.Alignment, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "alignment.json").write_text(found.to_json(), "utf-8")
     (folder / "alignment.csv").write_text(found.to_csv(), "utf-8")
+    found.save(folder / "alignment.safetensors")
     for suffix in ("png", "svg"):
         found.plot(folder / f"alignment.{suffix}")
 

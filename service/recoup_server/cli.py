@@ -33,7 +33,8 @@ def up(home: Home = None, host: Host = "127.0.0.1", port: Port = DEFAULT_PORT) -
 
     settings = _settings(home)
     _require_key(settings, host)
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background job starts with SIGINT ignored
+        signal.signal(number, _interrupt)
     try:
         with running(settings, host, port) as installation:
             typer.echo(f"Recoup is up on {installation.url} (documentation: {installation.url}/docs).")
@@ -94,7 +95,7 @@ def demo(
 def align(
     student: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Folder of one model.")],
     teacher: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Folder of the other.")],
-    out: Annotated[Path, typer.Option(help="Folder for alignment.json, .csv, .png and .svg.")],
+    out: Annotated[Path, typer.Option(help="Folder for alignment.json, .csv, .png, .svg and .safetensors.")],
     prompts: Annotated[
         Path | None,
         typer.Option(exists=True, dir_okay=False, help="JSONL of prompts or text. [default: built in]"),
@@ -104,6 +105,7 @@ def align(
     max_length: Annotated[int, typer.Option(min=2, max=32_768, help="Where a text is cut.")] = 256,
     completion_only: Annotated[bool, typer.Option(help="Compare only tokens of completions.")] = False,
     controls: Annotated[bool, typer.Option(help="Also measure ceiling and floor.")] = True,
+    pooled: Annotated[bool, typer.Option(help="Compare texts by their means, not tokens.")] = False,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
     json: Annotated[bool, typer.Option(help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -111,7 +113,7 @@ def align(
     from recoup_server.align import Comparison, run_align
 
     asked = Comparison(
-        student, teacher, prompts, out, texts, tokens, max_length, completion_only, controls, seed
+        student, teacher, prompts, out, texts, tokens, max_length, completion_only, controls, pooled, seed
     )
     sys.exit(run_align(asked, json))
 

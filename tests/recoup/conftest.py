@@ -108,6 +108,8 @@ class FakeService:
         self.contents: dict[str, bytes] = {}
         self.artifacts = {"adapter/weights.safetensors": b"w" * 70_000, "report.json": b"{}"}
         self.sent_instead: dict[str, bytes] = {}
+        self.diagnoses: deque[tuple[int, bytes]] = deque()
+        """Status and body of each answer below `/v1/diagnoses`, in turn."""
         self.key: str | None = None
         self.knows_dry_runs = True
         self.faults: deque[Fault | None] = deque()
@@ -163,6 +165,7 @@ class FakeService:
             "recoveries": self._recoveries,
             "files": self._files,
             "capabilities": self._capabilities,
+            "diagnoses": lambda request, *rest: self.diagnoses.popleft(),
         }
         return routes[kind](request, *rest)
 
@@ -183,7 +186,7 @@ class FakeService:
             "cancel": self._cancel,
             "pause": lambda request, id: self._steer(id, {"queued", "running"}, "paused"),
             "resume": lambda request, id: self._steer(id, {"paused"}, "queued"),
-            "retry": lambda request, id: self._steer(id, {"failed", "cancelled"}, "queued"),
+            "retry": lambda request, id: self._retry(id),
             "events": lambda request, id: _page(request, self.events[id], key="seq"),
             "report": self._report,
             "alignment": lambda request, id: (200, report(id).alignment.model_dump_json().encode()),
@@ -195,10 +198,13 @@ class FakeService:
     def _create(self, request: Request) -> tuple[int, bytes]:
         if self.knows_dry_runs and request.query.get("dry_run") == "true":
             return _json(200, DRY_RUN)
+        return self._queue(CreateRecovery.model_validate_json(request.body).model_dump(mode="json"))
+
+    def _queue(self, asked: dict[str, Any], retry_of: str | None = None) -> tuple[int, bytes]:
         id = f"rec_{len(self.jobs) + 1:024x}"
         empty = dict.fromkeys(("stage", "outcome", "error", "progress", "started_at", "finished_at"))
-        asked = CreateRecovery.model_validate_json(request.body).model_dump(mode="json")
         row = {"id": id, "object": "recovery", "state": "queued", "request": asked, "epoch": 0, "version": 1}
+        row |= {"pausing": False, "retry_of": retry_of, "failures": 0, "losses": 0}
         self.jobs[id] = row | empty | {"created_at": 1.0}
         self.events[id] = []
         self._moments[id] = deque(self.script)
@@ -224,6 +230,11 @@ class FakeService:
             return _problem(409, "conflict", f"The recovery is {self.jobs[id]['state']}.")
         self._move(id, Moment({"state": state}))
         return _json(200, self.jobs[id])
+
+    def _retry(self, id: str) -> tuple[int, bytes]:
+        if self.jobs[id]["state"] not in {"failed", "cancelled"}:
+            return _problem(409, "conflict", f"The recovery is {self.jobs[id]['state']}.")
+        return self._queue(self.jobs[id]["request"], retry_of=id)
 
     def _change(self, request: Request, id: str) -> tuple[int, bytes]:
         asked = self.jobs[id]["request"] | json.loads(request.body)

@@ -38,3 +38,14 @@ def test_what_was_not_given_is_not_in_the_query():
 def test_an_idempotency_key_cannot_smuggle_a_header(key):
     with pytest.raises(InvalidArgumentError, match="idempotency key"):
         _calls.create_recovery(student="s", teacher="t", idempotency_key=key)
+
+
+def test_only_what_shall_change_is_sent():
+    call = _calls.change_recovery("rec_1", priority=3)
+    assert (call.method, call.path, call.json) == ("PATCH", "/v1/recoveries/rec_1", {"priority": 3})
+
+
+@pytest.mark.parametrize("verb", ["pause", "resume", "retry", "cancel"])
+def test_a_verb_is_a_post_below_the_recovery(verb):
+    call = getattr(_calls, f"{verb}_recovery")("rec_1")
+    assert (call.method, call.path) == ("POST", f"/v1/recoveries/rec_1/{verb}")

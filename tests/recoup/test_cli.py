@@ -226,9 +226,18 @@ def test_the_verbs_print_the_state(run, id):
     assert json.loads(run("resume", id, "--json").stdout)["state"] == "queued"
     run("cancel", id)
     run("watch", id)
-    assert run("retry", id).stdout == f"{id} queued\n"
-    result = run("resume", id)
+    again, state = run("retry", id).stdout.split()
+    assert (again != id, state) == (True, "queued")
+    assert f"retry of: {id}" in run("show", again).stdout.splitlines()
+    result = run("resume", again)
     assert (result.exit_code, "The recovery is queued" in result.stderr) == (2, True)
+
+
+def test_a_job_that_is_about_to_pause_says_so(run, id, service):
+    service.jobs[id] |= {"state": "running", "pausing": True, "losses": 2}
+    lines = run("show", id).stdout.splitlines()
+    assert {"state: running, pausing", "losses: 2"} <= {*lines}
+    assert not any(line.startswith(("failures", "retry of")) for line in lines)
 
 
 def test_samples_are_side_by_side(run, id, report):
@@ -331,6 +340,7 @@ def test_report_prints_the_verdict_and_writes_the_page(run, id, tmp_path):
     assert result.exit_code == 0, result.output
     assert "recovered fraction: 0.830 [0.780, 0.880]" in result.stdout
     assert "note: Alignment and behaviour agree." in result.stdout
+    assert "alignment (mean) with recovery: Spearman 0.900 [0.550, 0.980], Kendall –, n = 9" in result.stdout
     assert (tmp_path / "report.html").read_text() == "<html>the report</html>"
 
 
@@ -419,6 +429,12 @@ def test_the_verdict_table_shows_measures_alignment_and_cost(report):
     assert "skill 0.2 0.9 0.882 kept 0.980 [0.950, 1.000]" in rows
     assert "alignment, last layer 0.99 0.6 0.9 0.770 [0.700, 0.840]" in rows
     assert "60 steps on 12,345 tokens, 9,000 generated; 3 min 20 s and 2.0 GiB on cpu" in rows
+
+
+def test_the_forms_of_a_packed_student_are_told(report):
+    form = {"form": "merged", "kl": 0.2, "recovered": {"value": 0.8, "low": 0.7, "high": 0.9, "n": 64}}
+    (line,) = _render.form_lines(report(forms=[form | {"bytes": 3 * 2**20, "handed_over": True}]).forms)
+    assert line == "as merged: recovered 0.800 [0.700, 0.900], 3.0 MiB, handed over"
 
 
 def test_an_untrained_report_has_a_verdict_too(report):

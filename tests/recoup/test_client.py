@@ -235,7 +235,8 @@ def test_a_job_is_paused_resumed_and_tried_again(client):
         client.recoveries.retry(id)
     client.recoveries.cancel(id)
     client.recoveries.wait(id)
-    assert client.recoveries.retry(id).state == "queued"
+    again = client.recoveries.retry(id)
+    assert (again.state, again.retry_of) == ("queued", id)
 
 
 def test_priority_and_metadata_may_change_and_what_is_not_given_stays(client, service):

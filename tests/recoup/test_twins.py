@@ -11,7 +11,7 @@ import pytest
 import recoup
 from recoup import AsyncClient, Client, _calls
 
-UNBOUND = {"await_change", "stream_events", "get_artifact", "next_page"}
+UNBOUND = {"await_change", "await_diagnosis", "stream_events", "get_artifact", "next_page"}
 """Descriptions that flows use, and no method."""
 
 
@@ -20,7 +20,7 @@ def methods(thing: object, prefix: str = "") -> dict[str, inspect.Signature]:
     found = {}
     for name in (name for name in dir(thing) if not name.startswith("_") and hasattr(thing, name)):
         value = getattr(thing, name)
-        if name in {"files", "recoveries"}:
+        if name in {"diagnoses", "files", "recoveries"}:
             found |= methods(value, f"{prefix}{name}.")
         elif callable(value):
             found[prefix + name] = inspect.signature(value)
@@ -48,7 +48,7 @@ def test_raw_twins_have_the_methods_of_one_call(twins):
     one, other = (methods(client.with_raw_response) for client in twins)
     assert one == other
     several = {f"recoveries.{name}" for name in ("wait", "events", "download")}
-    assert methods(twins[0]).keys() - one.keys() == several | {"close", "with_options"}
+    assert methods(twins[0]).keys() - one.keys() == several | {"diagnoses.wait", "close", "with_options"}
 
 
 def test_every_description_is_a_method(twins):
@@ -59,7 +59,7 @@ def test_every_description_is_a_method(twins):
     }
     bound = {
         value.__wrapped__.__name__
-        for thing in (twins[0], twins[0].recoveries, twins[0].files)
+        for thing in (twins[0], twins[0].recoveries, twins[0].diagnoses, twins[0].files)
         for name in dir(thing)
         if not name.startswith("_") and hasattr(value := getattr(thing, name), "__wrapped__")
     }
@@ -67,7 +67,7 @@ def test_every_description_is_a_method(twins):
 
 
 def test_every_method_says_what_it_does(twins):
-    for thing in (twins[0], twins[0].recoveries, twins[0].files):
+    for thing in (twins[0], twins[0].recoveries, twins[0].diagnoses, twins[0].files):
         for name in dir(thing):
             assert name.startswith("_") or inspect.getdoc(getattr(thing, name)), name
 
@@ -101,13 +101,14 @@ def test_an_async_client_waits_for_many_jobs_at_once(service):
 TYPED = """
 from collections.abc import AsyncIterator, Iterator
 from typing import assert_type
-from recoup import AsyncClient, Client, Event, File, RawResponse, Recovery
+from recoup import AsyncClient, Client, Diagnosis, Event, File, RawResponse, Recovery
 
 def one(client: Client) -> None:
     assert_type(client.recoveries.get("rec_1"), Recovery)
     assert_type(client.recoveries.list(state="queued"), Iterator[Recovery])
     assert_type(client.recoveries.events("rec_1", after=3), Iterator[Event])
     assert_type(client.recoveries.wait("rec_1", timeout=3.0, on_event=print), Recovery)
+    assert_type(client.diagnoses.wait("dia_1"), Diagnosis)
     assert_type(client.files.create("a.jsonl"), File)
     assert_type(client.with_raw_response.recoveries.get("rec_1"), RawResponse[Recovery])
 
@@ -116,6 +117,7 @@ async def other(client: AsyncClient) -> None:
     assert_type(client.recoveries.list(state="queued"), AsyncIterator[Recovery])
     assert_type(client.recoveries.events("rec_1", after=3), AsyncIterator[Event])
     assert_type(await client.recoveries.wait("rec_1", timeout=3.0, on_event=print), Recovery)
+    assert_type(await client.diagnoses.wait("dia_1"), Diagnosis)
     assert_type(await client.files.create("a.jsonl"), File)
     assert_type(await client.with_raw_response.recoveries.get("rec_1"), RawResponse[Recovery])
 """

@@ -188,3 +188,47 @@ def test_a_list_that_cannot_be_is_refused(client, query):
 def test_a_made_up_cursor_is_refused(client):
     refused = client.get("/v1/recoveries", params={"after": "x\x00"})
     assert (refused.status_code, refused.json()["code"]) == (400, "invalid_cursor")
+
+
+def test_a_paused_recovery_goes_on_when_it_is_resumed(client, job):
+    url = f"/v1/recoveries/{job['id']}"
+    assert client.post(f"{url}/pause").json()["state"] == "paused"
+    assert client.post(f"{url}/resume").json()["state"] == "queued"
+
+
+@pytest.mark.parametrize("verb", ["resume", "retry"])
+def test_a_verb_out_of_place_is_a_conflict_that_names_the_state(client, job, verb):
+    refused = client.post(f"/v1/recoveries/{job['id']}/{verb}")
+    assert (refused.status_code, refused.json()["code"]) == (409, "illegal_transition")
+    assert "the recovery is queued" in refused.json()["detail"]
+
+
+def test_a_retry_is_accepted_as_a_new_recovery(client, job):
+    client.post(f"/v1/recoveries/{job['id']}/cancel")
+    again = client.post(f"/v1/recoveries/{job['id']}/retry")
+    assert (again.status_code, again.json()["retry_of"]) == (202, job["id"])
+    assert client.get(again.headers["location"]).json() == again.json()
+
+
+def test_priority_and_metadata_can_change(client, job):
+    url = f"/v1/recoveries/{job['id']}"
+    changed = client.patch(url, json={"priority": 3, "metadata": {"team": "a"}})
+    assert (changed.json()["request"]["priority"], changed.json()["request"]["metadata"]) == (
+        3,
+        {"team": "a"},
+    )
+    assert changed.headers["etag"] == client.get(url).headers["etag"] != f'"{job["version"]}"'
+
+
+@pytest.mark.parametrize(
+    ("changes", "pointer"),
+    [
+        ({"seed": 1}, "/seed"),
+        ({"priority": 101}, "/priority"),
+        ({"priority": "1"}, "/priority"),
+        ({"metadata": {"a": 1}}, "/metadata/a"),
+    ],
+)
+def test_nothing_else_can_change(client, job, changes, pointer):
+    refused = client.patch(f"/v1/recoveries/{job['id']}", json=changes)
+    assert (refused.status_code, refused.json()["errors"][0]["pointer"]) == (422, pointer)

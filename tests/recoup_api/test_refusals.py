@@ -85,6 +85,9 @@ def test_prompts_that_were_never_uploaded(refusal, body):
         ({"training": {"learning_rate": 0}}, "/training/learning_rate"),
         ({"training": {"lora": {"targets": ["A B"]}}}, "/training/lora/targets/0"),
         ({"damage": "rust"}, "/damage"),
+        ({"alignment": {"every_steps": 0}}, "/alignment/every_steps"),
+        ({"alignment": {"weight": -0.1}}, "/alignment/weight"),
+        ({"alignment": {"layers": []}}, "/alignment/layers"),
         ({"prompts": 5}, "/prompts"),
         ({"prompts": {}}, "/prompts/file"),
         ({"prompts": {"file": "../x"}}, "/prompts/file"),
@@ -98,6 +101,13 @@ def test_a_value_out_of_bounds_is_named_by_its_place_in_what_was_sent(refusal, b
     problem = refusal(body | change)
     assert (problem.status, problem.code) == (422, "invalid_value")
     assert found(problem) == [(pointer, "invalid_value")]
+
+
+def test_a_block_that_the_student_does_not_have(refusal, body, write_model):
+    write_model("four", num_hidden_layers=4)
+    problem = refusal(body | {"student": {"source": "four"}, "alignment": {"weight": 0.1, "layers": [0, 4]}})
+    assert (problem.status, problem.code) == (422, "unsupported_request")
+    assert found(problem) == [("/alignment/layers", "unsupported_request")]
 
 
 def test_an_unknown_field_deep_inside_is_named_by_its_place(refusal, body):

@@ -68,6 +68,11 @@ def test_the_claim_carries_the_request_and_starts_the_job(ledger, asked, job):
     assert ledger.get(job.id).started_at is not None
 
 
+def test_a_runner_that_knows_job_and_epoch_gets_the_same_claim(ledger, job):
+    claim = ledger.claim("worker", CPU, 30)
+    assert ledger.claimed(claim.job_id, claim.epoch) == claim
+
+
 def test_the_most_urgent_job_is_claimed_first_then_the_oldest(ledger, asked):
     urgent = asked.model_copy(update={"priority": 5})
     first, second = (ledger.create(asked, "gpu.cpu").id for _ in range(2))
@@ -150,7 +155,7 @@ def test_a_job_that_takes_its_workers_down_fails_in_the_end(ledger, job):
 
 def test_failures_of_the_job_and_losses_of_workers_are_counted_apart(ledger, job):
     for _ in range(2):
-        ledger.fail(ledger.claim("worker", CPU, 30), "oom", "full", retry=True)
+        ledger.fail(ledger.claim("worker", CPU, 30), "teacher_unavailable", "no answer", retry=True)
     for _ in range(4):
         ledger.claim("doomed", CPU, EXPIRED)
     assert ledger.claim("last", CPU, 30).epoch == 7

@@ -202,8 +202,19 @@ def test_a_student_with_packed_weights_passes_and_keeps_them(findings, quantize,
     assert findings() == []
     assert findings(training=TrainingSpec(mode="full"), output=OutputSpec(kind="merged")) == [
         ("/training/mode", "unsupported_request"),
-        ("/output/kind", "unsupported_request"),
+        *(
+            []
+            if packing.get("quant_method", "bitsandbytes") == "bitsandbytes"
+            else [("/output/kind", "unsupported_request")]
+        ),
     ]
+
+
+def test_only_what_is_packed_is_packed_again(findings, quantize):
+    asked = OutputSpec(kind="requantized")
+    assert findings(output=asked) == [("/output/kind", "unsupported_request")]
+    quantize(quant_method="bitsandbytes", load_in_4bit=True)
+    assert findings(output=asked) == []
 
 
 @pytest.mark.parametrize(

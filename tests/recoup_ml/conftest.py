@@ -24,7 +24,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from recoup.schemas import CreateRecovery, Message, Prompt, Stage
-from recoup_ml import injure, models
+from recoup_ml import durable, injure, models
 from recoup_ml.generate import LocalEngine
 from recoup_ml.run import Run, Task
 from recoup_ml.sequences import Answered, collate, encode
@@ -276,12 +276,16 @@ def make_run(
 class FolderJournal:
     """A journal whose stages are folders: filled aside, then renamed, which commits them.
 
-    A second journal in the same place finds what the first one committed. `breaks_in` names a stage
-    in which telling the progress fails, as a killed process or a lost lease would.
+    A second journal in the same place finds what the first one committed, and what it left of an
+    unfinished stage. `breaks_in` names a stage in which telling the progress fails from `breaks_at` on,
+    as a killed process or a lost lease would; with `stops` the journal asks to stop there instead.
     """
 
-    def __init__(self, place: Path, breaks_in: Stage | None = None) -> None:
-        self.place, self._breaks_in = place, breaks_in
+    def __init__(
+        self, place: Path, breaks_in: Stage | None = None, breaks_at: int = 0, stops: bool = False
+    ) -> None:
+        self.place, self._breaks_in, self._breaks_at, self._stops = place, breaks_in, breaks_at, stops
+        self._stopping = False
         self.ran: list[Stage] = []
         self.told: list[tuple[int, int, str]] = []
         self.metrics: list[dict[str, object]] = []
@@ -293,17 +297,24 @@ class FolderJournal:
         if committed.exists():
             return committed
         self.ran.append(name)
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+        for item in aside.iterdir() if aside.exists() else []:
+            if item.name != durable.UNFINISHED:
+                durable.remove(item)
+        aside.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
         work(aside)
         self._seconds[name] = time.monotonic() - began
         return aside.rename(committed)
 
     def progress(self, done: int, total: int, unit: str) -> None:
-        if self.ran[-1] == self._breaks_in:
-            raise ConnectionResetError("the ledger is gone")
+        if self.ran[-1] == self._breaks_in and done >= self._breaks_at:
+            if not self._stops:
+                raise ConnectionResetError("the ledger is gone")
+            self._stopping = True
         self.told.append((done, total, unit))
+
+    def stopping(self) -> bool:
+        return self._stopping
 
     def metric(self, **values: str | float | int | bool | None) -> None:
         self.metrics.append(values)

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from recoup.schemas import Prompt
-from recoup_ml import models
+from recoup_ml import cka, models
 from recoup_server.align import BATCH, Comparison, Text, batches, read_texts, run_align
 from recoup_server.cli import app
 
@@ -39,11 +39,12 @@ def asked(student: Student, teacher: Path, rows: Path, tmp_path: Path) -> Compar
         max_length=64,
         completion_only=False,
         controls=True,
+        pooled=False,
         seed=0,
     )
 
 
-def test_it_prints_a_table_and_writes_four_files(
+def test_it_prints_a_table_and_writes_its_files(
     asked: Comparison, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_align(asked, as_json=False) == 0
@@ -51,7 +52,7 @@ def test_it_prints_a_table_and_writes_four_files(
     assert "CKA over" in printed.out
     assert len([line for line in printed.out.splitlines() if "±" in line]) == 5
     assert {path.name for path in asked.out.iterdir()} == {
-        f"alignment.{suffix}" for suffix in ("json", "csv", "png", "svg")
+        f"alignment.{suffix}" for suffix in ("json", "csv", "png", "svg", "safetensors")
     }
     layers = json.loads((asked.out / "alignment.json").read_text())["layers"]
     assert layers[0]["cka"] > layers[-1]["cka"] > layers[-1]["floor"]
@@ -63,6 +64,13 @@ def test_machines_read_json_on_stdout_alone(asked: Comparison, teacher: Path, tm
     assert result.exit_code == 0
     found = json.loads(result.stdout)
     assert (found["texts"], found["layers"][0]["ceiling"]) == (90, None)
+
+
+def test_texts_can_be_compared_by_their_means(asked: Comparison, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_align(replace(asked, pooled=True, texts=64), as_json=False) == 0
+    assert "CKA over the means of" in capsys.readouterr().out
+    loaded = cka.Alignment.load(asked.out / "alignment.safetensors")
+    assert loaded.pooled and loaded.texts == 64
 
 
 def test_layers_that_were_dropped_are_matched_by_their_weights(asked: Comparison, student: Student) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from recoup_ml import hsic
-from recoup_ml.alignment import GROUPS, Positions, States, align, choose_positions
+from recoup_ml.alignment import GROUPS, Positions, States, align, choose_positions, csv_table
 from recoup_ml.sequences import Answered
 
 LAYERS, WIDTH, SEQUENCES, TOKENS = 3, 12, 48, 6
@@ -174,3 +174,29 @@ def test_an_undefined_alignment_is_null_and_not_a_number_that_misleads(
     assert found.before.diagonal[0] is None
     assert found.before.matrix[0] == [None] * LAYERS
     assert math.isfinite(found.before.diagonal[1].value)
+
+
+def test_beside_cka_stands_what_outliers_would_make_of_it(states: States, positions: Positions) -> None:
+    clean = align(states, positions, LAYER_MAP, seed=0)
+    values = [estimate.value for estimate in clean.before.diagonal]
+    assert clean.before.with_outliers == values
+    layers = [layer.clone() for layer in states.teacher]
+    layers[1][::64, 0] += 500.0
+    found = align(replace(states, teacher=layers), positions, LAYER_MAP, seed=0)
+    assert found.before.with_outliers[1] < 0.5 * values[1]
+    assert found.before.with_outliers[0] == pytest.approx(values[0], abs=0.02)
+
+
+def test_beside_cka_stand_distances_in_the_shared_basis(states: States, positions: Positions) -> None:
+    found = align(states, positions, LAYER_MAP, seed=0)
+    for before, after, (mine, theirs) in zip(
+        found.before.distances, found.after.distances, LAYER_MAP, strict=True
+    ):
+        x, y = states.before[mine], states.teacher[theirs]
+        assert before.relative_l2 == pytest.approx(float((x - y).norm() / y.norm()), rel=1e-4)
+        assert before.cosine == pytest.approx(float(torch.cosine_similarity(x, y).mean()), rel=1e-4)
+        assert before.teacher_norm == after.teacher_norm
+        assert after.relative_l2 < before.relative_l2
+    lines = csv_table(found).splitlines()
+    assert {len(line.split(",")) for line in lines} == {2 + 2 * 8 + 2}
+    assert "after_cosine" in lines[0]

@@ -5,6 +5,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from recoup_ml import cka, hsic
-from recoup_ml.paired_states import Frames
+from recoup_ml import cka
+from recoup_ml.feature_space import Moments
 
 VOCABULARY, WORD = 96, 40
 Batch = dict[str, Tensor]
@@ -112,15 +113,87 @@ def test_parts_in_one_frame_add_up_to_the_whole(
 ) -> None:
     batches = texts()
     whole = cka.align(student, teacher, batches, groups=8, controls=False)
-    whole.frames.save(tmp_path / "frames")
-    frames = Frames.load(tmp_path / "frames")
+    whole.save(tmp_path / "whole.safetensors")
+    frames = cka.Alignment.load(tmp_path / "whole.safetensors").frames
     parts = [
         cka.align(student, teacher, part, pilot=frames, groups=8, controls=False, tokens=99)
         for part in (batches[:16], batches[16:])
     ]
-    both = (parts[0].sums + parts[1].sums).products()
-    np.testing.assert_allclose(hsic.matrix(both), whole.matrix, rtol=1e-6)
-    assert sum(part.tokens for part in parts) == whole.tokens
+    both = parts[0] + parts[1]
+    np.testing.assert_allclose(both.matrix, whole.matrix, rtol=1e-6)
+    assert (both.texts, both.tokens, both.dropped_first) == (144, whole.tokens, whole.dropped_first)
+    for mine, theirs in zip(both.geometry, whole.geometry, strict=True):
+        np.testing.assert_allclose([*vars(mine).values()], [*vars(theirs).values()], rtol=1e-5)
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_an_alignment_is_the_same_after_a_file(
+    student: PreTrainedModel, teacher: PreTrainedModel, tmp_path: Path, pooled: bool
+) -> None:
+    found = cka.align(student, teacher, texts(), groups=8, pooled=pooled)
+    found.save(tmp_path / "alignment.safetensors")
+    again = cka.Alignment.load(tmp_path / "alignment.safetensors")
+    assert again.to_json() == found.to_json()
+    assert again.positions_sha256 == found.positions_sha256
+    assert again.to_json() != (again + found).to_json()
+
+
+def test_parts_that_were_not_measured_alike_are_not_added(
+    student: PreTrainedModel, teacher: PreTrainedModel
+) -> None:
+    batches = texts()
+    first = cka.align(student, teacher, batches[:16], groups=8, controls=False)
+    others = [
+        cka.align(student, teacher, batches[16:], groups=8, controls=False),
+        cka.align(student, teacher, batches[16:], groups=8, controls=True, pilot=first.frames),
+        cka.align(student, teacher, batches[16:], groups=8, controls=False, pooled=True, pilot=first.frames),
+        cka.align(
+            student, teacher, batches[16:], groups=8, controls=False, layer_map=[(0, 0)], pilot=first.frames
+        ),
+    ]
+    for other in others:
+        with pytest.raises(ValueError, match="in the frames of one pilot"):
+            first + other
+
+
+def test_texts_by_their_means_are_the_exact_value_over_texts(
+    student: PreTrainedModel, teacher: PreTrainedModel
+) -> None:
+    batches = texts(batches=6)
+    found = cka.align(student, teacher, batches, groups=36, controls=False, pooled=True, tokens=99)
+    sides: list[list[Tensor]] = [[], []]
+    for batch in batches:
+        for model, side in zip((student, teacher), sides, strict=True):
+            hidden_BTD = deepcopy(model)(**batch, output_hidden_states=True).hidden_states[2].detach()
+            counts_BT = batch["attention_mask"].clone()
+            counts_BT[:, 0] = 0
+            side.append((hidden_BTD * counts_BT[..., None]).sum(1) / counts_BT.sum(1, keepdim=True))
+    x, y = (torch.cat(side) for side in sides)
+    moments = Moments(x.double().mean(0), y.double().mean(0))
+    moments.add(x, y)
+    assert found.dropped_outliers == 0
+    assert found.matrix[2, 2] == pytest.approx(moments.cka(), abs=1e-5)
+
+
+def test_pooled_lies_between_its_floor_and_its_ceiling_and_adds_up(
+    student: PreTrainedModel, teacher: PreTrainedModel
+) -> None:
+    batches = texts()
+    whole = cka.align(student, teacher, batches, groups=8, pooled=True)
+    first = cka.align(student, teacher, batches[:16], groups=8, pooled=True, tokens=99, pilot=whole.frames)
+    second = cka.align(student, teacher, batches[16:], groups=8, pooled=True, tokens=99, pilot=whole.frames)
+    np.testing.assert_allclose((first + second).matrix, whole.matrix, rtol=1e-5)
+    for interval, floor, ceiling in zip(whole.diagonal, whole.floor, whole.ceiling, strict=True):
+        assert floor < interval.value < ceiling + 1e-3
+        assert interval.low < interval.value < interval.high
+    assert abs(whole.floor[-1]) < 0.3 and whole.with_outliers[-1] == pytest.approx(
+        whole.diagonal[-1].value, abs=0.1
+    )
+
+
+def test_too_few_texts_cannot_be_pooled(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match="4 are left"):
+        _ = cka.align(student, teacher, texts(batches=1, size=4), controls=False, pooled=True).matrix
 
 
 def test_no_more_tokens_of_a_text_are_taken_than_asked(

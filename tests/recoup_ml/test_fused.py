@@ -1,7 +1,7 @@
 """A divergence from hidden states: the plain formula and its gradient, without the plain formula's memory."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -18,19 +18,6 @@ POSITIONS, WIDTH, VOCABULARY = 37, 6, 31
 WEIGHTS_N = torch.linspace(0.0, 1.0, POSITIONS, dtype=torch.float64)
 
 
-@dataclass(frozen=True)
-class ExactHead:
-    """A `Head` that keeps float64, to compare with formulas and finite differences."""
-
-    weight_VD: Tensor
-    bias_V: Tensor | None
-    softcap: float | None
-
-    def __call__(self, hidden_ND: Tensor) -> Tensor:
-        logits_NV = torch.nn.functional.linear(hidden_ND, self.weight_VD, self.bias_V)
-        return logits_NV if self.softcap is None else self.softcap * torch.tanh(logits_NV / self.softcap)
-
-
 @pytest.fixture
 def draw() -> torch.Generator:
     return torch.Generator().manual_seed(0)
@@ -39,24 +26,24 @@ def draw() -> torch.Generator:
 @dataclass
 class Student:
     hidden_ND: Tensor
-    head: ExactHead
+    head: Head
 
     @property
     def leaves(self) -> list[Tensor]:
         return [self.hidden_ND, self.head.weight_VD, self.head.bias_V]
 
 
-@pytest.fixture(params=[None, 4.0], ids=["linear head", "soft cap"])
+@pytest.fixture(params=[(None, 1.0), (4.0, 1.0), (4.0, 0.25)], ids=["linear head", "soft cap", "scale"])
 def student(request: pytest.FixtureRequest, draw: torch.Generator) -> Student:
     shapes = (POSITIONS, WIDTH), (VOCABULARY, WIDTH), (VOCABULARY,)
     leaves = [torch.randn(*shape, generator=draw, dtype=torch.float64).requires_grad_() for shape in shapes]
-    return Student(leaves[0], ExactHead(*leaves[1:], request.param))
+    return Student(leaves[0], Head(*leaves[1:], *request.param))
 
 
 def _teacher(draw: torch.Generator) -> Hidden:
     hidden_ND = torch.randn(POSITIONS, WIDTH, generator=draw, dtype=torch.float64)
     weight_VD = torch.randn(VOCABULARY, WIDTH, generator=draw, dtype=torch.float64)
-    return Hidden(hidden_ND, ExactHead(weight_VD, None, None))
+    return Hidden(hidden_ND, Head(weight_VD))
 
 
 def _observed(draw: torch.Generator) -> Hidden:
@@ -109,7 +96,7 @@ def test_gradients_are_those_of_finite_differences(
     divergence: Divergence, target: Target, student: Student
 ) -> None:
     def fused(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor) -> Tensor:
-        head = ExactHead(weight_VD, bias_V, student.head.softcap)
+        head = replace(student.head, weight_VD=weight_VD, bias_V=bias_V)
         return hidden_divergence(hidden_ND, head, target, divergence, WEIGHTS_N, 8)
 
     assert torch.autograd.gradcheck(fused, student.leaves, fast_mode=True)
@@ -186,7 +173,7 @@ def test_bfloat16_hidden_states_get_bfloat16_gradients(
     )
     loss.backward()
     exact = [leaf.detach().double().requires_grad_() for leaf in (hidden_ND, weight_VD)]
-    plain_NV = divergence(teacher.logits().double(), ExactHead(exact[1], None, softcap)(exact[0]))
+    plain_NV = divergence(teacher.logits().double(), Head(exact[1], None, softcap)(exact[0]))
     (plain_NV * WEIGHTS_N).sum().backward()
     assert loss.dtype == torch.float32
     for ours, right in zip((hidden_ND, weight_VD), exact, strict=True):

@@ -13,6 +13,7 @@ from recoup.schemas import Prompt
 from recoup_ml import models
 from recoup_ml.errors import TeacherTruncated, TeacherUnavailable
 from recoup_ml.generate import BATCH, LocalEngine, VllmEngine, usable
+from recoup_ml.kept_batches import KeptBatches
 from recoup_ml.observation import observe
 from recoup_ml.sequences import Answered, Encoded, encode
 
@@ -123,6 +124,37 @@ def test_progress_counts_answers(
     told: list[int] = []
     LocalEngine(healthy, tokenizer).answer(asked, 2, told.append)
     assert told == [BATCH, len(asked)]
+
+
+def break_off(_done: int) -> None:
+    raise ConnectionResetError
+
+
+def test_batches_that_were_answered_before_a_crash_are_taken_as_they_were(
+    teacher: Path, tokenizer: PreTrainedTokenizerFast, asked: list[Encoded], tmp_path: Path
+) -> None:
+    model, kept = models.load(teacher), KeptBatches(tmp_path)
+    answers, seen = LocalEngine(model, tokenizer).observed(asked, LIMIT, ignore)
+    engine = LocalEngine(model, tokenizer, kept=kept)
+    with pytest.raises(ConnectionResetError):
+        engine.observed(asked, LIMIT, break_off)
+    (first,) = tmp_path.iterdir()
+    written = first.stat().st_mtime_ns
+    again, seen_again = engine.observed(asked, LIMIT, ignore)
+    assert again == answers
+    assert all(torch.equal(*pair) for pair in zip(seen_again.hidden, seen.hidden, strict=True))
+    assert first.stat().st_mtime_ns == written
+    assert len([*tmp_path.iterdir()]) == 2
+
+
+def test_kept_batches_are_those_of_the_same_prompts_limit_and_wish(
+    teacher: Path, tokenizer: PreTrainedTokenizerFast, asked: list[Encoded], tmp_path: Path
+) -> None:
+    model = models.load(teacher)
+    plain, keeping = (LocalEngine(model, tokenizer, kept=kept) for kept in (None, KeptBatches(tmp_path)))
+    for prompts, limit in ((asked, LIMIT), (asked[:50], LIMIT), (asked[::-1], LIMIT), (asked, 4)):
+        assert keeping.answer(prompts, limit, ignore) == plain.answer(prompts, limit, ignore)
+        assert keeping.observed(prompts, limit, ignore)[0] == usable(plain.answer(prompts, limit, ignore))
 
 
 def answered(text: str) -> Answered:

@@ -92,7 +92,7 @@ def test_progress_ends_at_the_number_of_sequences(healthy: PreTrainedModel, answ
     assert told[-1] == len(answered)
 
 
-@pytest.mark.parametrize("head", [Head(torch.rand(9, 4)), Head(torch.rand(9, 4), torch.rand(9), 30.0)])
+@pytest.mark.parametrize("head", [Head(torch.rand(9, 4)), Head(torch.rand(9, 4), torch.rand(9), 30.0, 0.25)])
 def test_an_observation_survives_a_file(head: Head, tmp_path: Path) -> None:
     seen = Observation([torch.rand(3, 4), torch.rand(0, 4), torch.rand(5, 4)], head, [])
     seen.save(tmp_path / "seen.safetensors")
@@ -100,7 +100,7 @@ def test_an_observation_survives_a_file(head: Head, tmp_path: Path) -> None:
     for ours, theirs in zip(loaded.hidden, seen.hidden, strict=True):
         assert torch.equal(ours, theirs)
     assert torch.equal(loaded.head.weight_VD, head.weight_VD)
-    assert loaded.head.softcap == head.softcap
+    assert (loaded.head.softcap, loaded.head.scale) == (head.softcap, head.scale)
     hidden_ND = torch.rand(2, 4)
     assert torch.equal(loaded.head(hidden_ND), head(hidden_ND))
 

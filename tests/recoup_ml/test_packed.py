@@ -22,6 +22,7 @@ from transformers import (
 
 from recoup_ml import models, packed
 from recoup_ml.errors import NonFiniteWeights, UnsupportedModel
+from recoup_ml.low_rank import weight_of
 from recoup_ml.packed import PlainWeights
 from recoup_ml.weights import Weights
 
@@ -162,6 +163,15 @@ def test_an_adapter_beside_packed_weights_is_trained_saved_and_loaded(
     again = PeftModel.from_pretrained(models.load(folder), tmp_path / "adapter").get_base_model()
     with torch.inference_mode():
         torch.testing.assert_close(again.eval()(IDS_BT).logits, model.eval()(IDS_BT).logits)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@torch.inference_mode()
+def test_a_layer_computes_the_same_after_its_weights_were_read(bits: int, pack: Callable[..., Path]) -> None:
+    model = models.load(pack(**{f"load_in_{bits}bit": True}))
+    before = model(IDS_BT).logits
+    assert weight_of(model.get_decoder().layers[0].mlp.up_proj).dtype == torch.float32
+    torch.testing.assert_close(model(IDS_BT).logits, before)
 
 
 def test_eight_bit_products_are_not_logged_one_by_one(

@@ -27,7 +27,12 @@ def recovered() -> Report:
 
 def undefined_everywhere(alignment: Alignment) -> Alignment:
     layers = len(alignment.student_layers)
-    state = {"matrix": [[None] * layers] * layers, "diagonal": [None] * layers}
+    state = {
+        "matrix": [[None] * layers] * layers,
+        "diagonal": [None] * layers,
+        "with_outliers": [None] * layers,
+        "distances": [],
+    }
     nothing = {"before": state, "ceiling": [None] * layers, "floor": [None] * layers}
     return Alignment.model_validate({**alignment.model_dump(), **nothing})
 

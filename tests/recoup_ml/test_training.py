@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from recoup.schemas import ChatRow, Checkpoint, TrainingPoint, TrainingReport
 from recoup_ml import models
 from recoup_ml.divergence import Divergence
-from recoup_ml.evaluate import load_trained
 from recoup_ml.generate import LocalEngine
 from recoup_ml.lessons import FixedCourse, Lesson, distributions, texts
 from recoup_ml.observation import observe
@@ -137,7 +136,7 @@ def test_the_loss_falls_on_what_is_learnt_and_on_what_is_not(
 ) -> None:
     before = models.load(student("forgetful"))
     found = trained(student("forgetful"), [lesson], plan)
-    after = load_trained(student("forgetful"), found.best)
+    after = models.load_trained(student("forgetful"), found.best)
     assert kl(after, lesson) < 0.6 * kl(before, lesson)
     assert kl(after, exam) < 0.8 * kl(before, exam)
     losses = [point.loss for point in found.report.curve]
@@ -168,7 +167,7 @@ def test_the_best_checkpoint_is_the_one_that_validation_chose(
     found = trained(student("finetuned"), [lesson], planned(plan, learning_rate=2e-2))
     (chosen,) = [point for point in found.report.checkpoints if point.chosen]
     assert chosen.validation_kl == min(point.validation_kl for point in found.report.checkpoints)
-    assert kl(load_trained(student("finetuned"), found.best), exam) == pytest.approx(
+    assert kl(models.load_trained(student("finetuned"), found.best), exam) == pytest.approx(
         chosen.validation_kl, rel=1e-3
     )
 
@@ -281,7 +280,7 @@ def test_an_absurd_learning_rate_is_an_outcome_and_not_an_exception(
     found = trained(student("finetuned"), [lesson], planned(plan, learning_rate=10.0))
     assert all(math.isfinite(point.loss) for point in found.report.curve)
     if found.best.exists():
-        after = load_trained(student("finetuned"), found.best)
+        after = models.load_trained(student("finetuned"), found.best)
         assert kl(after, exam) > kl(models.load(student("finetuned")), exam)
     else:
         assert found.report.diverged
@@ -312,7 +311,7 @@ def test_a_kept_skill_is_held_to_the_students_own_distribution(
 ) -> None:
     folder = student("forgetful")
     without, kept = (trained(folder, lessons) for lessons in ([lesson], [lesson, skill]))
-    models_after = [load_trained(folder, found.best) for found in (without, kept)]
+    models_after = [models.load_trained(folder, found.best) for found in (without, kept)]
     assert kl(models_after[1], skill) < 0.6 * kl(models_after[0], skill)
     assert kl(models_after[1], exam) < 0.8 * kl(models.load(folder), exam)
     assert kept.report.tokens > without.report.tokens

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recoup.schemas import Alignment, AlignmentState, Estimate
+from recoup.schemas import Alignment, AlignmentState, Estimate, LayerDistance
 from recoup_ml import cka, hsic
+from recoup_ml.geometry import Geometry, GeometrySums
 from recoup_ml.paired_states import OUTLIER
 from recoup_ml.sequences import Answered
 
@@ -74,11 +75,12 @@ def align(states: States, positions: Positions, layer_map: Sequence[tuple[int, i
     Args:
         layer_map: (student, teacher) rows and columns of the diagonal, embeddings first.
     """
-    stay_N = _without_outliers(states)
+    stay_N = ordinary([states.teacher, states.before, states.after or []])
     groups_N = positions.groups[stay_N]
     teacher, student, rounded = (_rows(x, stay_N) for x in (states.teacher, states.before, states.ceiling))
     shuffled_N = torch.from_numpy(np.random.default_rng(seed).permutation(len(groups_N)))
     own_layers = [(column, column) for _, column in layer_map]
+    beside = _Beside(states.teacher, stay_N, positions.groups, layer_map)
     before = hsic.products(student, teacher, groups_N)
     after = states.after and hsic.products(_rows(states.after, stay_N), teacher, groups_N)
     ceiling = hsic.products(rounded, teacher, groups_N)
@@ -94,25 +96,51 @@ def align(states: States, positions: Positions, layer_map: Sequence[tuple[int, i
         groups=before.groups,
         dropped_outliers=int((~stay_N).sum()),
         positions_sha256=positions.sha256,
-        before=_state(before, layer_map),
-        after=_state(after, layer_map) if after else None,
-        ceiling=[_finite(value) for value in _diagonal(ceiling, own_layers)],
-        floor=[_finite(value) for value in _diagonal(floor, layer_map)],
+        before=_state(before, layer_map, beside, states.before),
+        after=_state(after, layer_map, beside, states.after) if after and states.after else None,
+        ceiling=[_finite(value) for value in diagonal(ceiling, own_layers)],
+        floor=[_finite(value) for value in diagonal(floor, layer_map)],
         headroom_recovered_last=headroom and headroom.recovered(layer_map[-1:]),
         headroom_recovered_mean=headroom and headroom.recovered(layer_map),
     )
 
 
+def with_embeddings(decoder_layers: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Pairs of corresponding decoder layers, from 0, as pairs of states: the embeddings come first."""
+    return [(0, 0), *((mine + 1, theirs + 1) for mine, theirs in decoder_layers)]
+
+
+def ordinary(models: Sequence[Sequence[Tensor]]) -> Tensor:
+    """True on positions whose norm is ordinary in every layer of every model, [N]."""
+    norms = [layer.norm(dim=1) for model in models for layer in model]
+    return torch.stack([norm <= OUTLIER * norm.median() for norm in norms]).all(0)
+
+
+def diagonal(sums: hsic.Products, layer_map: Sequence[tuple[int, int]]) -> hsic.Array:
+    """CKA of corresponding layers."""
+    rows, columns = zip(*layer_map, strict=True)
+    return hsic.matrix(sums)[list(rows), list(columns)]
+
+
 def csv_table(alignment: Alignment) -> str:
-    """Corresponding layers, one a line: before and after with their intervals, ceiling and floor."""
+    """Corresponding layers, one a line: before and after with intervals and distances, ceiling and floor."""
     states = {"before": alignment.before} | ({"after": alignment.after} if alignment.after else {})
     parts = ("value", "low", "high")
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    measured = [f"{name}_{part}" for name in states for part in parts]
+    beside = ("relative_l2", "cosine", "student_norm", "teacher_norm")
+    measured = [f"{name}_{part}" for name in states for part in (*parts, "with_outliers", *beside)]
     writer.writerow(["student", "teacher", *measured, "ceiling", "floor"])
     for place, (mine, theirs) in enumerate(alignment.layer_map):
-        values = [getattr(state.diagonal[place], part, None) for state in states.values() for part in parts]
+        values = [
+            value
+            for state in states.values()
+            for value in (
+                *(getattr(state.diagonal[place], part, None) for part in parts),
+                state.with_outliers[place],
+                *(getattr(state.distances[place], part) for part in beside),
+            )
+        ]
         names = alignment.student_layers[mine], alignment.teacher_layers[theirs]
         writer.writerow([*names, *values, alignment.ceiling[place], alignment.floor[place]])
     return buffer.getvalue()
@@ -123,7 +151,7 @@ def shown(found: cka.Alignment) -> Alignment:
     nothing = (math.nan,) * len(found.layer_map)
     rows, columns = found.matrix.shape
     return Alignment(
-        estimator=cka.ESTIMATOR,
+        estimator=cka.ESTIMATORS[found.pooled],
         student_layers=_names(rows),
         teacher_layers=_names(columns),
         layer_map=list(found.layer_map),
@@ -135,6 +163,8 @@ def shown(found: cka.Alignment) -> Alignment:
         before=AlignmentState(
             matrix=[[_finite(value) for value in row] for row in found.matrix],
             diagonal=[_estimate(interval) for interval in found.diagonal],
+            with_outliers=[_finite(value) for value in found.with_outliers],
+            distances=[_distance(geometry) for geometry in found.geometry],
         ),
         after=None,
         ceiling=[_finite(value) for value in found.ceiling or nothing],
@@ -158,20 +188,13 @@ class _Headroom:
     def share(self, layer_map: Sequence[tuple[int, int]]) -> float:
         """(after - before) / (ceiling - before)."""
         own_layers = [(column, column) for _, column in layer_map]
-        before = _diagonal(self.before, layer_map).mean()
-        after = _diagonal(self.after, layer_map).mean()
-        ceiling = _diagonal(self.ceiling, own_layers).mean()
+        before = diagonal(self.before, layer_map).mean()
+        after = diagonal(self.after, layer_map).mean()
+        ceiling = diagonal(self.ceiling, own_layers).mean()
         return float((after - before) / (ceiling - before)) if ceiling != before else math.nan
 
     def _without(self, group: int) -> "_Headroom":
         return _Headroom(self.before.without(group), self.after.without(group), self.ceiling.without(group))
-
-
-def _without_outliers(states: States) -> Tensor:
-    """True on positions whose norm is ordinary in every layer of every model, [N]."""
-    models = (states.teacher, states.before, states.after or [])
-    norms = [layer.norm(dim=1) for model in models for layer in model]
-    return torch.stack([norm <= OUTLIER * norm.median() for norm in norms]).all(0)
 
 
 def _rows(layers: Sequence[Tensor], rows_N: Tensor) -> list[Tensor]:
@@ -182,19 +205,54 @@ def _names(count: int) -> list[str]:
     return ["embeddings", *(f"block {index}" for index in range(count - 1))]
 
 
-def _diagonal(sums: hsic.Products, layer_map: Sequence[tuple[int, int]]) -> hsic.Array:
-    rows, columns = zip(*layer_map, strict=True)
-    return hsic.matrix(sums)[list(rows), list(columns)]
+@dataclass(frozen=True)
+class _Beside:
+    """What is told beside CKA: distances, and CKA over all positions."""
+
+    teacher: list[Tensor]
+    stay_N: Tensor
+    groups_N: Tensor
+    """Of all positions."""
+    layer_map: Sequence[tuple[int, int]]
+
+    def with_outliers(self, student: list[Tensor], without: list[float | None]) -> list[float | None]:
+        """`without`, unless a position was dropped."""
+        if self.stay_N.all():
+            return without
+        sides = (
+            [student[mine] for mine, _ in self.layer_map],
+            [self.teacher[row] for _, row in self.layer_map],
+        )
+        return [_finite(value) for value in np.diag(hsic.matrix(hsic.products(*sides, self.groups_N)))]
+
+    def distances(self, student: list[Tensor]) -> list[LayerDistance]:
+        found = []
+        for mine, theirs in self.layer_map:
+            sums = GeometrySums()
+            sums.add(student[mine][self.stay_N], self.teacher[theirs][self.stay_N])
+            found.append(_distance(sums.geometry()))
+        return found
 
 
-def _state(sums: hsic.Products, layer_map: Sequence[tuple[int, int]]) -> AlignmentState:
-    left_out = np.array([_diagonal(sums.without(group), layer_map) for group in range(sums.groups)])
+def _distance(geometry: Geometry) -> LayerDistance:
+    return LayerDistance(**{name: _finite(value) for name, value in vars(geometry).items()})
+
+
+def _state(
+    sums: hsic.Products, layer_map: Sequence[tuple[int, int]], beside: _Beside, student: list[Tensor]
+) -> AlignmentState:
+    left_out = np.array([diagonal(sums.without(group), layer_map) for group in range(sums.groups)])
     intervals = [
         hsic.jackknife(float(value), left_out[:, index].tolist(), hsic.t_975(sums.groups - 1))
-        for index, value in enumerate(_diagonal(sums, layer_map))
+        for index, value in enumerate(diagonal(sums, layer_map))
     ]
     matrix = [[_finite(value) for value in row] for row in hsic.matrix(sums)]
-    return AlignmentState(matrix=matrix, diagonal=[_estimate(interval) for interval in intervals])
+    return AlignmentState(
+        matrix=matrix,
+        diagonal=[_estimate(interval) for interval in intervals],
+        with_outliers=beside.with_outliers(student, [_finite(interval.value) for interval in intervals]),
+        distances=beside.distances(student),
+    )
 
 
 def _finite(value: float) -> float | None:

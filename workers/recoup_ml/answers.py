@@ -5,6 +5,9 @@ student, as it is, answers the prompts of `keep`, so that it can be held to its 
 there (a dual teacher). With each answer the last hidden states of who gave it are kept: no
 teacher is in memory while the student learns from them. Only as many prompts are answered as
 the plan will use.
+
+No answer is made twice: those of a model in this process are kept batch by batch until the stage
+is done, those of a server in a cache that recoveries share.
 """
 
 import json
@@ -16,9 +19,11 @@ from typing import Literal
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recoup.schemas import Prompt, RewriteCounts
-from recoup_ml import diagnose, models, results
+from recoup_ml import diagnose, durable, models, results
+from recoup_ml.cached_engine import CachedEngine
 from recoup_ml.errors import EmptyDataset
 from recoup_ml.generate import Engine, LocalEngine, usable
+from recoup_ml.kept_batches import KeptBatches
 from recoup_ml.lessons import Lesson, distributions, texts
 from recoup_ml.observation import Observation, observe
 from recoup_ml.plan import Plan, make_plan
@@ -27,6 +32,7 @@ from recoup_ml.rewrite import Rewritten, demonstrated, rewriting, settle
 from recoup_ml.run import Counter, Done, Journal, Run
 from recoup_ml.sequences import Answered, Encoded, encode, read_jsonl, with_answer, write_jsonl
 from recoup_ml.splits import split_keep
+from recoup_ml.weights import sha256
 
 CALIBRATION = 64
 """Teacher answers that training-free repairs look at."""
@@ -49,7 +55,8 @@ def generate(run: Run, journal: Journal, done: Done, folder: Path) -> None:
     rewritten = _with_references(parts.train)[: plan.answers("rewrites")]
     counter = Counter(journal, 2 * (len(train) + len(validation) + len(keep)) + len(rewritten), "answers")
     limit = run.request.generation.max_new_tokens
-    teacher = _teacher(run, tokenizer)
+    unfinished = folder / durable.UNFINISHED
+    teacher = _teacher(run, tokenizer, KeptBatches(unfinished / "teacher"))
     _answer(teacher, train, limit, folder / "train", counter)
     _answer(teacher, validation, limit, folder / "validation", counter)
     if rewritten:
@@ -60,7 +67,8 @@ def generate(run: Run, journal: Journal, done: Done, folder: Path) -> None:
         references = _with_references(parts.train)[: plan.answers("references")]
         write_jsonl(folder / "texts.jsonl", _written(run, references, tokenizer))
     if keep:
-        _answer(_student(run, tokenizer), keep, keep_tokens(keep, tokenizer), folder / "keep", counter)
+        student = _student(run, tokenizer, KeptBatches(unfinished / "student"))
+        _answer(student, keep, keep_tokens(keep, tokenizer), folder / "keep", counter)
 
 
 def read_plan(done: Done) -> Plan:
@@ -147,14 +155,19 @@ class Speaker:
         return answers, observe(self.model, answers, self.pad_id, tick=counter.part(size))
 
 
-def _teacher(run: Run, tokenizer: PreTrainedTokenizerBase) -> Speaker:
+def _teacher(run: Run, tokenizer: PreTrainedTokenizerBase, kept: KeptBatches) -> Speaker:
     model = models.load(run.teacher)
-    return Speaker(model, diagnose.engine(run, model, tokenizer), models.pad_id(tokenizer))
+    engine = diagnose.engine(run, model, tokenizer)
+    if isinstance(engine, LocalEngine):
+        engine = LocalEngine(model, tokenizer, kept=kept)
+    elif run.answers:
+        engine = CachedEngine(engine, run.answers, sha256(run.teacher), tokenizer)
+    return Speaker(model, engine, models.pad_id(tokenizer))
 
 
-def _student(run: Run, tokenizer: PreTrainedTokenizerBase) -> Speaker:
+def _student(run: Run, tokenizer: PreTrainedTokenizerBase, kept: KeptBatches) -> Speaker:
     model = models.load(run.student)
-    return Speaker(model, LocalEngine(model, tokenizer), models.pad_id(tokenizer))
+    return Speaker(model, LocalEngine(model, tokenizer, kept=kept), models.pad_id(tokenizer))
 
 
 def _answer(speaker: Speaker, prompts: Sequence[Encoded], limit: int, place: Path, counter: Counter) -> None:

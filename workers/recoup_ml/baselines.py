@@ -7,6 +7,7 @@ the student on `keep` counts as much as the distance from the teacher, as it doe
 """
 
 import math
+import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,12 +16,12 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from recoup.schemas import TriedRepair
-from recoup_ml import answers, diagnose, models, repair, results
+from recoup_ml import answers, diagnose, durable, models, packed, repair, results
 from recoup_ml.errors import IncompatibleModels, UnsupportedModel
 from recoup_ml.observation import observe
 from recoup_ml.plan import DATA, Plan
 from recoup_ml.repair import Repair
-from recoup_ml.run import Done, Journal, Run
+from recoup_ml.run import Counter, Done, Journal, Run
 from recoup_ml.scores import compare
 
 FILE = "repairs.json"
@@ -73,6 +74,15 @@ class Start:
 
 def try_all(run: Run, journal: Journal, done: Done, folder: Path) -> Trials:
     """Leaves in `folder` how the student and every repair that is to be tried did, and returns it."""
+    kept = folder / durable.UNFINISHED / FILE
+    if not kept.exists():
+        trials = _try_all(run, journal, done)
+        durable.place(kept, lambda aside: results.write(aside, trials))
+    shutil.copy(kept, folder / FILE)
+    return results.read(kept, Trials)
+
+
+def _try_all(run: Run, journal: Journal, done: Done) -> Trials:
     plan = answers.read_plan(done)
     pad_id = models.pad_id(models.load_tokenizer(run.teacher))
 
@@ -82,6 +92,7 @@ def try_all(run: Run, journal: Journal, done: Done, folder: Path) -> Trials:
 
     student_kl, tried = distance("validation", models.load(run.student)), []
     candidates = _candidates(run, plan)
+    counted = Counter(journal, len(candidates), "repairs").part(len(candidates))
     for count, candidate in enumerate(candidates, start=1):
         models.release()
         began = time.monotonic()
@@ -96,11 +107,9 @@ def try_all(run: Run, journal: Journal, done: Done, folder: Path) -> Trials:
         keep_kl = distance("keep", model) if answers.has_keep(done) else 0.0
         tried.append(Tried(candidate, distance("validation", model), keep_kl, seconds))
         del model
-        journal.progress(count, len(candidates), "repairs")
+        counted(count)
     models.release()
-    trials = Trials(student_kl, sorted(tried, key=lambda item: item.cost))
-    results.write(folder / FILE, trials)
-    return trials
+    return Trials(student_kl, sorted(tried, key=lambda item: item.cost))
 
 
 def read(done: Done) -> Trials | None:
@@ -153,7 +162,7 @@ def repaired(run: Run, done: Done, chosen: Repair) -> PreTrainedModel:
 
 def save(run: Run, done: Done, plan: Plan, chosen: Repair, folder: Path) -> None:
     """Writes the repaired student to `folder`: a whole model, or an adapter where planned."""
-    if plan.output == "merged":
+    if plan.output == "merged" and not packed.method(run.student):
         repaired(run, done, chosen).save_pretrained(folder)
     else:
         _as_adapter(run, done, chosen, models.load(run.student)).save_pretrained(folder)

@@ -23,12 +23,15 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -38,11 +41,18 @@ from recoup_ml.hidden import decoder_blocks
 from recoup_ml.hsic import Array, Interval, Products
 from recoup_ml.hsic_sums import Batch, Sums, batch_sums
 from recoup_ml.paired_states import Chosen, Frames, Pilot, choose, read
+from recoup_ml.pooled import Pooled, pool
 
 Tokens = Mapping[str, Tensor]
 """`input_ids` [B, T]; `attention_mask` where there is padding; `completion_mask` where only part counts."""
 LayerMap = Sequence[tuple[int, int]]
-ESTIMATOR = "linear CKA over tokens of different texts, fixed centre; jackknife over groups of texts"
+ESTIMATORS = {
+    False: "linear CKA over tokens of different texts, fixed centre; jackknife over groups of texts",
+    True: "linear CKA over texts (mean states), debiased: pairs across groups; jackknife over groups",
+}
+"""By whether texts are pooled."""
+COUNTS = ("texts", "tokens", "dropped_first", "dropped_outliers")
+FACTS = ("layer_map", "pilot_texts", "positions_sha256")
 FEW_TEXTS, FEWEST_GROUPS = 64, 5
 
 
@@ -50,7 +60,7 @@ FEW_TEXTS, FEWEST_GROUPS = 64, 5
 class Alignment:
     """Two models compared. Layers count from the embeddings, 0; the last is -1."""
 
-    sums: Sums
+    sums: Sums | Pooled
     layer_map: tuple[tuple[int, int], ...]
     """(student, teacher) layers that correspond."""
     texts: int
@@ -59,17 +69,100 @@ class Alignment:
     """Tokens left out as the first of their text."""
     dropped_outliers: int
     """Tokens left out for a massive activation in any layer of either model."""
-    geometry: tuple[Geometry, ...]
-    """Of corresponding layers: how far apart their states are, in the basis that the two share."""
-    ceiling: tuple[float, ...] | None
-    """Of corresponding layers: the teacher with itself after a round trip through bfloat16."""
-    floor: tuple[float, ...] | None
-    """Of corresponding layers: with the states of other tokens."""
-    problems: tuple[str, ...]
+    pilot_texts: int
+    """Texts that the centre of every layer comes from."""
+    distances: tuple[GeometrySums, ...]
+    ceiling_sums: Sums | Pooled | None
+    floor_sums: Sums | Pooled | None
     frames: Frames
     """What the states were centred and scaled by: given to `align` for other texts, sums may be added."""
     positions_sha256: str
     """Of which tokens of which texts were compared."""
+
+    def __add__(self, other: "Alignment") -> "Alignment":
+        """Of one model pair over both parts of a corpus, the second compared in the frames of the first.
+
+        Raises:
+            ValueError: the parts are not of one frame, one layer map and one way of comparing.
+        """
+        if self._likeness() != other._likeness() or not self.frames.same(other.frames):
+            raise ValueError(
+                "Alignments add if both were measured alike, in the frames of one pilot: give `align` of the "
+                "second part `pilot=first.frames`."
+            )
+        both = hashlib.sha256((self.positions_sha256 + other.positions_sha256).encode())
+        return replace(
+            self,
+            sums=_joined(self.sums, other.sums),
+            **{name: getattr(self, name) + getattr(other, name) for name in COUNTS},
+            distances=tuple(a + b for a, b in zip(self.distances, other.distances, strict=True)),
+            ceiling_sums=_joined(self.ceiling_sums, other.ceiling_sums),
+            floor_sums=_joined(self.floor_sums, other.floor_sums),
+            positions_sha256=both.hexdigest(),
+        )
+
+    def save(self, path: str | Path) -> None:
+        """All of it, as safetensors; `load` gives it back, to be read or added to."""
+        parts = {"sums": self.sums, "ceiling": self.ceiling_sums, "floor": self.floor_sums}
+        tensors = {f"frames.{name}": tensor for name, tensor in self.frames.tensors().items()}
+        for part, sums in parts.items():
+            tensors |= {f"{part}.{name}": tensor for name, tensor in sums.tensors().items()} if sums else {}
+        content = {name: getattr(self, name) for name in (*COUNTS, *FACTS)}
+        content |= {"pooled": self.pooled, "distances": [vars(sums) for sums in self.distances]}
+        save_file(
+            {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()},
+            path,
+            {"alignment": json.dumps(content)},
+        )
+
+    @staticmethod
+    def load(path: str | Path) -> "Alignment":
+        with safe_open(path, "pt") as file:
+            content = json.loads(file.metadata()["alignment"])
+        tensors, kind = load_file(path), Pooled if content["pooled"] else Sums
+
+        def part(name: str) -> dict[str, Tensor]:
+            return {
+                key.removeprefix(f"{name}."): tensors[key] for key in tensors if key.startswith(f"{name}.")
+            }
+
+        return Alignment(
+            sums=kind.of(part("sums")),
+            **{name: content[name] for name in (*COUNTS, "pilot_texts", "positions_sha256")},
+            layer_map=tuple((mine, theirs) for mine, theirs in content["layer_map"]),
+            distances=tuple(
+                GeometrySums(**row | {"norms": tuple(row["norms"])}) for row in content["distances"]
+            ),
+            ceiling_sums=kind.of(part("ceiling")) if part("ceiling") else None,
+            floor_sums=kind.of(part("floor")) if part("floor") else None,
+            frames=Frames.of(part("frames")),
+        )
+
+    @property
+    def pooled(self) -> bool:
+        """Whether points are texts, not tokens."""
+        return isinstance(self.sums, Pooled)
+
+    @property
+    def geometry(self) -> tuple[Geometry, ...]:
+        """Of corresponding layers: how far apart their states are, in the basis that the two share."""
+        return tuple(sums.geometry() for sums in self.distances)
+
+    @property
+    def ceiling(self) -> tuple[float, ...] | None:
+        """Of corresponding layers: the teacher with itself after a round trip through bfloat16."""
+        return _control(self.ceiling_sums, [(theirs, theirs) for _, theirs in self.layer_map])
+
+    @property
+    def floor(self) -> tuple[float, ...] | None:
+        """Of corresponding layers: with the states of other tokens, or texts."""
+        return _control(self.floor_sums, self.layer_map)
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What makes the numbers worth less."""
+        pilot = FEW_TEXTS if self.pooled else self.pilot_texts
+        return tuple(_problems(self.sums.products(), self.layer_map, pilot))
 
     @property
     def matrix(self) -> Array:
@@ -112,7 +205,7 @@ class Alignment:
         counts = {
             name: getattr(self, name) for name in ("texts", "tokens", "dropped_first", "dropped_outliers")
         }
-        content = {"estimator": ESTIMATOR, **counts, "problems": self.problems}
+        content = {"estimator": ESTIMATORS[self.pooled], **counts, "problems": self.problems}
         return json.dumps(
             content
             | {"layers": [_finite(row) for row in self.rows()]}
@@ -127,6 +220,9 @@ class Alignment:
         writer.writeheader()
         writer.writerows(rows)
         return buffer.getvalue()
+
+    def _likeness(self) -> tuple[object, ...]:
+        return self.layer_map, self.pooled, self.ceiling_sums is None, self.floor_sums is None
 
     def plot(self, path: str | Path) -> None:
         """Heat map of all layer pairs and curve of corresponding ones, as PNG or SVG by the path's suffix."""
@@ -149,6 +245,7 @@ def align(
     pilot: int | Frames = 256,
     groups: int = 32,
     controls: bool = True,
+    pooled: bool = False,
     seed: int = 0,
     tick: Callable[[int], None] = lambda _texts: None,
 ) -> Alignment:
@@ -162,11 +259,13 @@ def align(
         pilot: texts that a layer's centre and ordinary norm are taken from; or those of an earlier
             comparison, so that the sums of both may be added.
         groups: of the jackknife; each batch goes whole into one.
+        pooled: compare texts, each by the mean of its tokens, not tokens; five texts or more.
         controls: also measure ceiling and floor, for a third run and the memory of a third model.
         tick: told how many texts are done.
 
     Raises:
-        ValueError: no batch, a batch of one text, or models of different depth without a layer map.
+        ValueError: no batch, a batch of one text, fewer than five texts to pool, or models of different
+            depth without a layer map.
         UnsupportedModel: a model's decoder blocks cannot be found.
     """
     mapped = _layer_map(student, teacher, layer_map)
@@ -174,7 +273,7 @@ def align(
     supply = (choose(batch, tokens, draw) for batch in batches)
     trio = _Trio(student, teacher, _rounded(teacher) if controls else None)
     first, frames = ([], pilot) if isinstance(pilot, Frames) else _pilot(trio, supply, pilot)
-    tally = _Tally(frames, mapped, groups)
+    tally = _Tally(frames, mapped, groups, pooled)
     for index, chosen in enumerate(chain(first, supply)):
         tally.add(chosen, trio, index % groups)
         tick(tally.texts)
@@ -211,13 +310,14 @@ class _Tally:
     frames: Frames
     layer_map: tuple[tuple[int, int], ...]
     groups: int
+    pooled: bool
     texts: int = 0
     tokens: int = 0
     first: int = 0
     outliers: int = 0
-    _sums: Sums | None = None
-    _ceiling: Sums | None = None
-    _floor: Sums | None = None
+    _sums: Sums | Pooled | None = None
+    _ceiling: Sums | Pooled | None = None
+    _floor: Sums | Pooled | None = None
     _geometry: list[GeometrySums] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -247,6 +347,8 @@ class _Tally:
             own = tuple((teacher, teacher) for _, teacher in self.layer_map)
             z = self.frames.teacher.placed(again)
             self._ceiling = self._added(self._ceiling, Batch(z, y, text_N, kept_N), group, own)
+            if self.pooled:
+                return
             other_N = torch.randperm(len(text_N), generator=self._draw).to(device)
             away = [state[other_N] for state in x]
             both_N = kept_N & kept_N[other_N]
@@ -255,6 +357,8 @@ class _Tally:
     def alignment(self, pilot: int) -> Alignment:
         if self._sums is None:
             raise ValueError("There is no batch to compare the models on.")
+        if isinstance(self._sums, Pooled) and self._ceiling:
+            self._floor = self._sums.shuffled()
         return Alignment(
             sums=self._sums,
             layer_map=self.layer_map,
@@ -262,17 +366,26 @@ class _Tally:
             tokens=self.tokens,
             dropped_first=self.first,
             dropped_outliers=self.outliers,
-            geometry=tuple(sums.geometry() for sums in self._geometry),
-            ceiling=_control(self._ceiling, [(theirs, theirs) for _, theirs in self.layer_map]),
-            floor=_control(self._floor, self.layer_map),
+            pilot_texts=pilot,
+            distances=tuple(self._geometry),
+            ceiling_sums=self._ceiling,
+            floor_sums=self._floor,
             frames=self.frames,
             positions_sha256=self._hash.hexdigest(),
-            problems=tuple(_problems(self._sums.products(), self.layer_map, pilot)),
         )
 
-    def _added(self, sums: Sums | None, batch: Batch, group: int, layer_map: LayerMap = ()) -> Sums:
-        found = batch_sums(batch, layer_map or self.layer_map, group, self.groups)
-        return found if sums is None else sums + found
+    def _added(
+        self, sums: Sums | Pooled | None, batch: Batch, group: int, layer_map: LayerMap = ()
+    ) -> Sums | Pooled:
+        mapped = layer_map or self.layer_map
+        if self.pooled:
+            return _joined(sums, pool(batch, mapped, self.groups))
+        return _joined(sums, batch_sums(batch, mapped, group, self.groups))
+
+
+def _joined(a: Any, b: Any) -> Any:
+    """What there is of both, added."""
+    return b if a is None else a if b is None else a + b
 
 
 def _layer_map(
@@ -308,7 +421,7 @@ def _interval(products: Products, student: int, teacher: int) -> Interval:
     return hsic.jackknife(value, left_out, hsic.t_975(products.groups - 1))
 
 
-def _control(sums: Sums | None, layer_map: LayerMap) -> tuple[float, ...] | None:
+def _control(sums: Sums | Pooled | None, layer_map: LayerMap) -> tuple[float, ...] | None:
     if sums is None:
         return None
     matrix = hsic.matrix(sums.products())

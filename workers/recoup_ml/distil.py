@@ -12,6 +12,7 @@ that the skill it was tuned for stays (two teachers, one for each kind of prompt
 It does not decide whether the student got better; `verdict.py` does, on other prompts.
 """
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,19 +20,23 @@ from pathlib import Path
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from recoup.schemas import Checkpoint, TrainingPoint, TrainingReport
-from recoup_ml import answers, baselines, diagnose, models
+from recoup.schemas import Checkpoint, DamageReport, TrainingPoint, TrainingReport
+from recoup_ml import answers, baselines, diagnose, durable, models, regulariser
+from recoup_ml.alignment import choose_positions, with_embeddings
 from recoup_ml.baselines import Trials
 from recoup_ml.generate import LocalEngine, usable
 from recoup_ml.lessons import Course, FixedCourse, Lesson, RolloutCourse, distributions
-from recoup_ml.observation import observe
+from recoup_ml.observation import Observation, observe
 from recoup_ml.plan import DATA, Data, Plan
+from recoup_ml.regulariser import Regulariser
 from recoup_ml.repetition import without_loop
 from recoup_ml.run import Done, Journal, Run
 from recoup_ml.scores import compare
 from recoup_ml.sequences import Answered, Encoded, encode
+from recoup_ml.snapshots import Snapshots
 from recoup_ml.trainable import prepare
 from recoup_ml.training import Training, Watchers
+from recoup_ml.trajectory import MOST_POSITIONS, Recorder
 
 BEST, START = "best", "start"
 
@@ -74,22 +79,62 @@ def _train(run: Run, journal: Journal, done: Done, plan: Plan, trials: Trials, f
         else:
             journal.metric(name="validation", step=point.step, kl=point.validation_kl)
 
+    recorder = _recorder(run, validation, teacher, pad_id, diagnosis.damage)
     start = baselines.start(run, done, plan, trials)
     if start.peft:
         start.peft.save_pretrained(folder / START)  # for whoever repeats the training
     distances = diagnosis.damage.distance_by_layer
     trainee = prepare(start.model, plan.trainable, distances, run.request.seed, start.peft)
-    watchers = Watchers(validate, diagnosis.floor.mean_kl, tell)
+    watchers = Watchers(validate, diagnosis.floor.mean_kl, tell, recorder)
     stops = run.request.training.stop_early
-    training = Training(trainee, plan, pad_id, watchers, trials.student_kl, stops, folder / BEST)
+    unfinished = folder / durable.UNFINISHED
+    training = Training(
+        trainee,
+        plan,
+        pad_id,
+        watchers,
+        trials.student_kl,
+        stops,
+        unfinished / BEST,
+        snapshots=Snapshots(unfinished, journal.stopping),
+        regulariser=_regulariser(run, diagnosis.damage),
+        halvings=run.halvings,
+    )
     keep = answers.kept(done, plan)
     if keep:
         training.keep(FixedCourse(keep, plan.batch_size, run.request.seed))
-    for phase in plan.phases:
+    training.take_up()
+    for phase in training.left():
         training.run(phase, _course(run, done, plan, phase.data, start.model, tokenizer))
     journal.progress(plan.steps, plan.steps, "steps")
     report = training.report(start.name, len(keep.answers) if keep else 0, answers.rewrite_counts(done))
     (folder / "training.json").write_text(report.model_dump_json())
+    if (unfinished / BEST).exists():
+        shutil.copytree(unfinished / BEST, folder / BEST, copy_function=durable.link)
+
+
+def _recorder(
+    run: Run, validation: Sequence[Answered], teacher: Observation, pad_id: int, damage: DamageReport
+) -> Recorder | None:
+    """Who measures alignment along the way, if the request asks for it; the teacher is run once for it."""
+    every = run.request.alignment.every_steps
+    if every is None:
+        return None
+    total = min(run.request.alignment.positions, MOST_POSITIONS)
+    positions = choose_positions(validation, total, run.request.seed)
+    states = observe(models.load(run.teacher), validation, pad_id, positions).states
+    models.release()
+    layer_map = with_embeddings(damage.layer_map)
+    return Recorder(every, validation, replace(teacher, states=states), positions, layer_map, pad_id)
+
+
+def _regulariser(run: Run, damage: DamageReport) -> Regulariser | None:
+    """The teacher beside the student, if the request weighs how alike their hidden states are."""
+    spec = run.request.alignment
+    if not regulariser.wanted(spec):
+        return None
+    layer_map = regulariser.compared(spec, damage.layer_map)
+    return Regulariser(models.load(run.teacher), layer_map, spec.weight, spec.hidden_weight)
 
 
 def _course(

@@ -4,21 +4,42 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from recoup.schemas import Alignment, Baseline, Estimate, Measure, Outcome, Sample
-from recoup_ml import alignment, baselines, diagnose, distil, measures, models, results, verdict
+from recoup.schemas import (
+    Alignment,
+    Baseline,
+    Estimate,
+    Measure,
+    Outcome,
+    OutputForm,
+    Sample,
+    TrainingReport,
+)
+from recoup_ml import (
+    alignment,
+    answers,
+    baselines,
+    diagnose,
+    distil,
+    forms,
+    measures,
+    models,
+    results,
+    verdict,
+)
 from recoup_ml.alignment import States
 from recoup_ml.diagnose import Exam
-from recoup_ml.observation import load_states
+from recoup_ml.observation import load_states, observe
 from recoup_ml.probe import Probe, make_probe
 from recoup_ml.repair import Repair
 from recoup_ml.results import Behaviour, Diagnosis, Evaluation
 from recoup_ml.run import Counter, Done, Journal, Run
+from recoup_ml.scores import compare
 from recoup_ml.sequences import encode
 
+WEIGHTS = "weights"
 CLOSED = 0.9
 """Recovered fraction from which more of the same training can hardly help."""
 
@@ -34,7 +55,7 @@ def evaluate(run: Run, journal: Journal, done: Done, folder: Path) -> None:
     counter = Counter(journal, (1 + bool(rival)) * (len(exam.test) + probe.answers), "sequences")
     after, states = None, None
     if best := distil.best(done):
-        after, states = diagnose.sit(load_trained(run.student, best), exam, probe, counter)
+        after, states = diagnose.sit(_recovered(run, done, best, folder), exam, probe, counter)
         if not math.isfinite(after.scores.mean_kl):
             after, states = None, None
     models.release()
@@ -45,7 +66,7 @@ def evaluate(run: Run, journal: Journal, done: Done, folder: Path) -> None:
         repaired, _ = diagnose.sit(baselines.repaired(run, done, rival), exam, probe, counter)
         names = rival.name, rival.label
         baseline = measures.baseline(names, diagnosis, after, repaired, exam.test, probe, seed)
-    aligned = _align(run, diagnosis, done["diagnose"], states, exam)
+    found_alignment = aligned(run, diagnosis, done["diagnose"], states, exam)
     outcome, reason = _verdict(run, diagnosis, found)
     short = measures.deficits(probe.tasks, diagnosis.teacher, after, seed) if after else []
     evaluation = Evaluation(
@@ -53,11 +74,16 @@ def evaluate(run: Run, journal: Journal, done: Done, folder: Path) -> None:
         reason=reason,
         measures=found,
         baseline=baseline,
-        samples=_samples(probe, diagnosis, after),
-        remarks=[*_remarks(found, aligned, exam, baseline), *out_of_reach(found, short)],
+        forms=_forms(run, done, best, diagnosis, exam) if best and after else [],
+        samples=samples(probe, diagnosis, after),
+        remarks=[
+            *remarks(found, found_alignment, exam, baseline),
+            *out_of_reach(found, short),
+            *along_the_way(distil.read(done) if "distil" in done else None),
+        ],
     )
     results.write(folder / "evaluation.json", evaluation)
-    (folder / "alignment.json").write_text(aligned.model_dump_json())
+    (folder / "alignment.json").write_text(found_alignment.model_dump_json())
 
 
 def read(done: Done) -> Evaluation:
@@ -68,20 +94,39 @@ def read_alignment(done: Done) -> Alignment:
     return Alignment.model_validate_json((done["evaluate"] / "alignment.json").read_text())
 
 
-def load_trained(student: Path, checkpoint: Path) -> PreTrainedModel:
-    """The student with its trained adapter inside, or the trained model itself."""
-    if (checkpoint / "adapter_config.json").exists():
-        adapted = PeftModel.from_pretrained(models.load(student), checkpoint)
-        return adapted.get_base_model().eval()
-    return models.load(checkpoint)
+def handed_over(done: Done) -> Path | None:
+    """The whole model that was packed or unpacked to be handed over, if one was."""
+    folder = done["evaluate"] / WEIGHTS
+    return folder if folder.exists() else None
 
 
-def _align(
+def _recovered(run: Run, done: Done, best: Path, folder: Path) -> PreTrainedModel:
+    """The student after training, in the form in which it is handed over."""
+    output = answers.read_plan(done).output
+    if output == "adapter" or (output == "merged" and not forms.can_change(run.student)):
+        return models.load_trained(run.student, best)
+    forms.write(run.student, best, output, folder / WEIGHTS)
+    return models.load(folder / WEIGHTS)
+
+
+def _forms(run: Run, done: Done, best: Path, diagnosis: Diagnosis, exam: Exam) -> list[OutputForm]:
+    """What the student's other forms would have cost, where it is packed and has an adapter."""
+    if not (forms.can_change(run.student) and models.is_adapter(best)):
+        return []
+
+    def measure(model: PreTrainedModel) -> Measure:
+        seen = observe(model, exam.test, exam.pad_id)
+        return measures.divergence(diagnosis, compare(exam.teacher, seen, exam.test), run.request.seed)
+
+    return forms.measured(run.student, best, answers.read_plan(done).output, measure)
+
+
+def aligned(
     run: Run, diagnosis: Diagnosis, diagnosed: Path, after: list[Tensor] | None, exam: Exam
 ) -> Alignment:
     names = ("teacher", "before", "ceiling")
     teacher, before, ceiling = (load_states(diagnosed / f"{name}-states.safetensors") for name in names)
-    layer_map = [(0, 0), *((mine + 1, theirs + 1) for mine, theirs in diagnosis.damage.layer_map)]
+    layer_map = alignment.with_embeddings(diagnosis.damage.layer_map)
     states = States(teacher, before, after, ceiling)
     return alignment.align(states, exam.positions, layer_map, run.request.seed)
 
@@ -105,25 +150,25 @@ def _rival(done: Done) -> Repair | None:
     return trials and trials.best
 
 
-def _remarks(
-    found: Sequence[Measure], aligned: Alignment, exam: Exam, baseline: Baseline | None
+def remarks(
+    found: Sequence[Measure], alignment: Alignment, exam: Exam, baseline: Baseline | None
 ) -> list[str]:
     """What a reader must know beside the numbers, above all where they disagree."""
-    remarks = []
+    said = []
     cut = sum(answer.finish == "length" for answer in exam.test)
     if cut:
-        remarks.append(f"{cut} of {len(exam.test)} teacher answers were cut at generation.max_new_tokens.")
-    remarks += disagreements(found[0].recovered, aligned)
+        said.append(f"{cut} of {len(exam.test)} teacher answers were cut at generation.max_new_tokens.")
+    said += disagreements(found[0].recovered, alignment)
     if baseline and direction(baseline.lead) < 1:
-        remarks.append(f"Training is not ahead of what costs nothing: {baseline.label}.")
+        said.append(f"Training is not ahead of what costs nothing: {baseline.label}.")
     worse = [
         item.label
         for item in found
         if item.recovered and item.recovered.high is not None and item.recovered.high < 0 and not item.worse
     ]
     if worse:
-        remarks.append(f"Moved away from the teacher: {', '.join(worse)}.")
-    return remarks
+        said.append(f"Moved away from the teacher: {', '.join(worse)}.")
+    return said
 
 
 def disagreements(divergence: Estimate | None, aligned: Alignment) -> list[str]:
@@ -139,6 +184,25 @@ def disagreements(divergence: Estimate | None, aligned: Alignment) -> list[str]:
         for name, share in shares.items()
         if direction(share) * direction(divergence) < 0
     ]
+
+
+def along_the_way(training: TrainingReport | None) -> list[str]:
+    """A sentence for each alignment that went against recovery over the course of training."""
+    found = training.trajectory.correlations if training and training.trajectory else []
+    return [
+        f"Measures disagree along the training: over {item.n} points the "
+        f"{'mean alignment' if item.alignment == 'mean' else 'alignment of the last layer'} went against "
+        f"recovery, Spearman {rank.value:.2f} ({_certainty(rank)}). Trust the divergence."
+        for item in found
+        if (rank := item.spearman) and rank.value < 0
+    ]
+
+
+def _certainty(rank: Estimate) -> str:
+    if rank.low is None or rank.high is None:
+        return "no interval can be given"
+    chance = "" if direction(rank) else ", which may be chance"
+    return f"95 % interval {rank.low:.2f} to {rank.high:.2f}{chance}"
 
 
 def out_of_reach(found: Sequence[Measure], short: Sequence[str]) -> list[str]:
@@ -161,7 +225,7 @@ def direction(estimate: Estimate | None) -> int:
     return int(estimate.low > 0) - int(estimate.high < 0)
 
 
-def _samples(probe: Probe, diagnosis: Diagnosis, after: Behaviour | None) -> list[Sample]:
+def samples(probe: Probe, diagnosis: Diagnosis, after: Behaviour | None) -> list[Sample]:
     return [
         Sample(
             kind=prompt.kind,

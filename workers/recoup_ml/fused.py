@@ -96,6 +96,8 @@ def _loss_and_slope(
             loss_C, slope_CV = _by_autograd(target, divergence, logits_CV)
     if head.softcap is not None:
         slope_CV *= 1 - (logits_CV / head.softcap).square()
+    if head.scale != 1.0:
+        slope_CV *= head.scale
     return loss_C, slope_CV
 
 

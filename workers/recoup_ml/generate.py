@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recoup_ml.errors import TeacherTruncated, TeacherUnavailable
+from recoup_ml.kept_batches import Given, KeptBatches
 from recoup_ml.models import head, pad_id
 from recoup_ml.observation import Observation
 from recoup_ml.sequences import Answered, Encoded
@@ -30,12 +31,20 @@ class Engine(Protocol):
 
 
 class LocalEngine:
-    """Answers with a model in this process: greedily, or sampled at a temperature (torch's global seed)."""
+    """Answers with a model in this process: greedily, or sampled at a temperature (torch's global seed).
+
+    Args:
+        kept: where greedy answers are kept batch by batch, and found again after a crash.
+    """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, temperature: float = 0.0
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        temperature: float = 0.0,
+        kept: KeptBatches | None = None,
     ) -> None:
-        self._model, self._tokenizer = model, tokenizer
+        self._model, self._tokenizer, self._kept = model, tokenizer, kept
         self._how = (
             {"do_sample": True, "temperature": temperature}
             if temperature
@@ -44,31 +53,44 @@ class LocalEngine:
         self._end_ids = _end_ids(model, tokenizer)
 
     def answer(self, prompts: Sequence[Encoded], max_new_tokens: int, tick: Tick) -> list[Answered]:
-        found = {row: given for row, given, _ in self._generated(prompts, max_new_tokens, tick)}
+        found = {row: given for row, given, _ in self._generated(prompts, max_new_tokens, tick, False)}
         return [found[row] for row in range(len(prompts))]
 
     def observed(
         self, prompts: Sequence[Encoded], max_new_tokens: int, tick: Tick
     ) -> tuple[list[Answered], Observation]:
         """The usable answers, and the model as `observe` would find it on them, without a second pass."""
-        found = {row: (given, seen) for row, given, seen in self._generated(prompts, max_new_tokens, tick)}
+        made = self._generated(prompts, max_new_tokens, tick, True)
+        found = {row: (given, seen) for row, given, seen in made}
         kept = set(usable([given for given, _ in found.values()]))
         pairs = [found[row] for row in range(len(prompts)) if found[row][0] in kept]
-        hidden = [hidden_AD.cpu() for _, hidden_AD in pairs]
+        hidden = [hidden_AD for _, hidden_AD in pairs]
         return [given for given, _ in pairs], Observation(hidden, head(self._model).detached(), [])
 
     def _generated(
-        self, prompts: Sequence[Encoded], max_new_tokens: int, tick: Tick
+        self, prompts: Sequence[Encoded], max_new_tokens: int, tick: Tick, observed: bool
     ) -> Iterator[tuple[int, Answered, Tensor]]:
         """(prompt's place, its answer, last hidden states at the answer's positions [A, D]), by length."""
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))
         for start in range(0, len(order), BATCH):
             rows = order[start : start + BATCH]
-            ids, hidden_BAD = self._generate([prompts[row] for row in rows], max_new_tokens)
-            for row, answer_ids, hidden_AD in zip(rows, ids, hidden_BAD, strict=True):
-                answered = self._answered(prompts[row], answer_ids)
-                yield row, answered, hidden_AD[: len(answered.answer_ids)].clone()
+            given = self._batch([prompts[row] for row in rows], max_new_tokens, observed)
+            for row, (answer_ids, hidden_AD) in zip(rows, given, strict=True):
+                yield row, self._answered(prompts[row], answer_ids), hidden_AD
             tick(start + len(rows))
+
+    def _batch(self, prompts: Sequence[Encoded], max_new_tokens: int, observed: bool) -> list[Given]:
+        """Answers to prompts of like length, as they were kept or made anew, on the CPU."""
+        if self._kept and (found := self._kept.get(prompts, max_new_tokens, observed)):
+            return found
+        ids, hidden_BAD = self._generate(prompts, max_new_tokens)
+        given: list[Given] = []
+        for answer_ids, hidden_AD in zip(ids, hidden_BAD.cpu(), strict=True):
+            end = self._end(answer_ids)
+            given.append((answer_ids[:end], hidden_AD[:end, : None if observed else 0].clone()))
+        if self._kept:
+            self._kept.put(prompts, max_new_tokens, observed, given)
+        return given
 
     @torch.inference_mode()
     def _generate(self, prompts: Sequence[Encoded], max_new_tokens: int) -> tuple[list[list[int]], Tensor]:
@@ -87,12 +109,14 @@ class LocalEngine:
             )
         return output_BT[:, ids_BT.shape[1] :].tolist(), torch.stack(states_BD, dim=1)
 
-    def _answered(self, prompt: Encoded, ids: list[int]) -> Answered:
-        end = next((place for place, token in enumerate(ids) if token in self._end_ids), None)
-        answer_ids = tuple(ids if end is None else ids[: end + 1])
-        text = self._tokenizer.decode(answer_ids, skip_special_tokens=True)
-        finish = "length" if end is None else "stop"
-        return Answered(prompt.kind, prompt.text, prompt.ids, text, answer_ids, finish)
+    def _end(self, ids: Sequence[int]) -> int:
+        """How many of the tokens belong to the answer: up to the first that ends it."""
+        return next((place + 1 for place, token in enumerate(ids) if token in self._end_ids), len(ids))
+
+    def _answered(self, prompt: Encoded, ids: Sequence[int]) -> Answered:
+        text = self._tokenizer.decode(ids, skip_special_tokens=True)
+        finish = "stop" if ids and ids[-1] in self._end_ids else "length"
+        return Answered(prompt.kind, prompt.text, prompt.ids, text, tuple(ids), finish)
 
 
 class VllmEngine:

@@ -34,6 +34,16 @@ class GeometrySums:
     norms: tuple[float, float] = (0.0, 0.0)
     tokens: int = 0
 
+    def __add__(self, other: "GeometrySums") -> "GeometrySums":
+        norms = self.norms[0] + other.norms[0], self.norms[1] + other.norms[1]
+        return GeometrySums(
+            self.apart + other.apart,
+            self.teacher + other.teacher,
+            self.cosine + other.cosine,
+            norms,
+            self.tokens + other.tokens,
+        )
+
     def add(self, student_ND: Tensor, teacher_ND: Tensor) -> None:
         norms = student_ND.norm(dim=1), teacher_ND.norm(dim=1)
         self.norms = self.norms[0] + float(norms[0].sum()), self.norms[1] + float(norms[1].sum())

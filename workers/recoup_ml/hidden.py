@@ -20,28 +20,31 @@ CPU = torch.device("cpu")
 class Capture:
     """What the hooks of one `capture` block read. Set `positions_BT` before each forward pass."""
 
-    def __init__(self, layers: int, device: torch.device) -> None:
+    def __init__(self, layers: int, device: torch.device, detached: bool) -> None:
         self.positions_BT: Tensor | None = None
-        self._device = device
+        self._device, self._detached = device, detached
         self._parts: list[list[Tensor]] = [[] for _ in range(layers)]
 
     def read(self, layer: int, hidden_BTD: Tensor) -> None:
         if self.positions_BT is not None:
-            self._parts[layer].append(hidden_BTD[self.positions_BT].detach().float().to(self._device))
+            read_ND = hidden_BTD[self.positions_BT]
+            read_ND = read_ND.detach() if self._detached else read_ND
+            dtype = torch.promote_types(read_ND.dtype, torch.float32)
+            self._parts[layer].append(read_ND.to(self._device, dtype))
 
     def states(self) -> list[Tensor]:
-        """For every layer, embeddings first, the positions read so far: [N, D] float32."""
+        """For every layer, embeddings first, the positions read so far: [N, D], float32 at least."""
         return [torch.cat(parts) for parts in self._parts]
 
 
 @contextmanager
-def capture(model: PreTrainedModel, device: torch.device = CPU) -> Iterator[Capture]:
+def capture(model: PreTrainedModel, device: torch.device = CPU, detached: bool = True) -> Iterator[Capture]:
     """Reads the residual stream of `model` inside the block, before the first block and after each.
 
-    What is read is kept on `device`.
+    What is read is kept on `device`; not `detached`, gradients flow back from it into the model.
     """
     blocks = decoder_blocks(model)
-    seen = Capture(len(blocks) + 1, device)
+    seen = Capture(len(blocks) + 1, device, detached)
     first = blocks[0].register_forward_pre_hook(
         lambda _module, args, kwargs: seen.read(0, args[0] if args else kwargs["hidden_states"]),
         with_kwargs=True,

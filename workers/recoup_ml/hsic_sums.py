@@ -13,14 +13,11 @@ jackknife group. Sums over the same frame add: over batches, processes, machines
 Axes: L, M layers of either model, N tokens, D width, P token pairs, G groups, K pairs of the layer map.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from recoup_ml.hsic import Array, Products
@@ -53,12 +50,13 @@ class Sums:
         xy_GKK = np.apply_along_axis(np.diag, 1, self.all_xy_GK)
         return _left_out(xy_GKK, self.all_xx_GK, self.all_yy_GK, self.pairs_G)
 
-    def save(self, path: Path) -> None:
-        save_file({field.name: getattr(self, field.name) for field in fields(self)}, path)
+    def tensors(self) -> dict[str, Tensor]:
+        """By name, as they are saved."""
+        return {field.name: torch.from_numpy(getattr(self, field.name)) for field in fields(self)}
 
     @staticmethod
-    def load(path: Path) -> "Sums":
-        return Sums(**load_file(path))
+    def of(tensors: Mapping[str, Tensor]) -> "Sums":
+        return Sums(**{name: tensor.numpy() for name, tensor in tensors.items()})
 
     def _arrays(self) -> list[Array]:
         return [getattr(self, field.name) for field in fields(self)]
@@ -132,19 +130,38 @@ def _panels(text_N: Tensor) -> list[int]:
 
 def _gram_rows(layers: Sequence[Tensor], bounds: Sequence[int]) -> Tensor:
     """The Gram blocks of every two panels, one row a layer: [L, P]."""
-    shapes = [(end - start, bounds[-1] - end) for start, end in pairwise(bounds[:-1])]
+    places = _blocks(bounds)
+    shapes = [(middle - start, end - middle) for start, middle, end in places]
     rows_LP = layers[0].new_empty(len(layers), sum(height * width for height, width in shapes))
     for row_P, state_ND in zip(rows_LP, layers, strict=True):
         blocks = row_P.split([height * width for height, width in shapes])
-        for block, shape, end in zip(blocks, shapes, bounds[1:-1], strict=True):
-            torch.mm(state_ND[end - shape[0] : end], state_ND[end:].T, out=block.view(shape))
+        for block, shape, (start, middle, end) in zip(blocks, shapes, places, strict=True):
+            torch.mm(state_ND[start:middle], state_ND[middle:end].T, out=block.view(shape))
     return rows_LP
+
+
+def _blocks(bounds: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Every two panels once, by halves: rows from the first to the second with rows from there to the third.
+
+    Blocks as square as can be are what a matrix product is fastest at.
+    """
+    if len(bounds) < 3:
+        return []
+    half = len(bounds) // 2
+    return [
+        (bounds[0], bounds[half], bounds[-1]),
+        *_blocks(bounds[: half + 1]),
+        *_blocks(bounds[half:]),
+    ]
 
 
 def _pairs_kept(kept_N: Tensor, bounds: Sequence[int]) -> Tensor:
     """For each pair in the order of `_gram_rows`, whether both tokens count: [P]."""
     return torch.cat(
-        [(kept_N[start:end, None] & kept_N[None, end:]).flatten() for start, end in pairwise(bounds[:-1])]
+        [
+            (kept_N[start:middle, None] & kept_N[None, middle:end]).flatten()
+            for start, middle, end in _blocks(bounds)
+        ]
     )
 
 

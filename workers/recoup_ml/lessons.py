@@ -6,13 +6,13 @@ hands out a lesson a step, whichever it is.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
 
 import torch
 
 from recoup_ml.observation import Observation
-from recoup_ml.sequences import Answered, Encoded
+from recoup_ml.sequences import Answered, Encoded, from_row
 from recoup_ml.targets import Hidden, Target, Tokens, TopK
 
 
@@ -59,16 +59,32 @@ class Course(Protocol):
         """The lesson of the next step."""
         ...
 
+    def state(self) -> dict[str, Any]:
+        """Where the course is, as plain JSON."""
+        ...
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes a new course, made alike, to where another one was."""
+        ...
+
 
 class FixedCourse:
     """`size` answers of one lesson a step; each once before any comes again."""
 
     def __init__(self, lesson: Lesson, size: int, seed: int) -> None:
         self._lesson = lesson
-        self._draws = draws(len(lesson.answers), size, seed)
+        self._draws, self._drawn = draws(len(lesson.answers), size, seed), 0
 
     def next(self) -> Lesson:
+        self._drawn += 1
         return self._lesson.rows(next(self._draws))
+
+    def state(self) -> dict[str, Any]:
+        return {"drawn": self._drawn}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._drawn = state["drawn"]
+        skip(self._draws, self._drawn)
 
 
 class RolloutCourse:
@@ -92,21 +108,33 @@ class RolloutCourse:
         seed: int,
     ) -> None:
         self._prompts, self._answer, self._teach = prompts, answer, teach
-        self._size, self._refresh = size, refresh
-        self._draws = draws(len(prompts), size * refresh, seed)
+        self._refresh = refresh
+        self._draws, self._drawn = draws(len(prompts), size * refresh, seed), 0
+        self._answers: Sequence[Answered] = []
         self._ready: list[Lesson] = []
 
     def next(self) -> Lesson:
         if not self._ready:
-            self._ready = list(self._answered())
+            self._answers = self._answer([self._prompts[row] for row in next(self._draws)])
+            self._drawn += 1
+            self._ready = self._lessons()
         return self._ready.pop(0)
 
-    def _answered(self) -> Iterator[Lesson]:
-        answers = self._answer([self._prompts[row] for row in next(self._draws)])
-        lesson = self._teach(answers)
-        steps = min(self._refresh, len(answers))
-        for step in range(steps):
-            yield lesson.rows(range(step, len(answers), steps))
+    def state(self) -> dict[str, Any]:
+        """Answers are kept, being those of a student that is gone; the teacher would say the same again."""
+        answers = [asdict(answer) for answer in self._answers] if self._ready else []
+        return {"drawn": self._drawn, "answers": answers, "ready": len(self._ready)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._drawn = state["drawn"]
+        skip(self._draws, self._drawn)
+        self._answers = [from_row(row) for row in state["answers"]]
+        self._ready = self._lessons()[-state["ready"] :] if state["ready"] else []
+
+    def _lessons(self) -> list[Lesson]:
+        lesson = self._teach(self._answers)
+        steps = min(self._refresh, len(self._answers))
+        return [lesson.rows(range(step, len(self._answers), steps)) for step in range(steps)]
 
 
 def draws(count: int, size: int, seed: int) -> Iterator[list[int]]:
@@ -118,3 +146,9 @@ def draws(count: int, size: int, seed: int) -> Iterator[list[int]]:
             rows += torch.randperm(count, generator=generator).tolist()
         yield rows[:size]
         rows = rows[size:]
+
+
+def skip(drawn: Iterator[list[int]], times: int) -> None:
+    """Draws so often for nobody."""
+    for _ in range(times):
+        next(drawn)

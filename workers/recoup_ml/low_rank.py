@@ -108,7 +108,10 @@ def as_adapter(student: PreTrainedModel, patches: Mapping[str, Patch]) -> PeftMo
 
 def weight_of(layer: nn.Linear) -> Tensor:
     """The layer's weights [O, I] as float32, unpacked where a quantizer packed them."""
-    return dequantize_module_weight(layer).detach().float()
+    held = layer.weight
+    plain = dequantize_module_weight(layer).detach().float()
+    layer.weight = held  # PEFT 0.21 leaves a copy there, which on a CPU has lost the scales of eight bits
+    return plain
 
 
 def second_moments(stream: Stream, block: int, layers: Mapping[str, nn.Linear]) -> dict[str, Tensor]:

@@ -47,6 +47,11 @@ def deficits(tasks: Sequence[Questions], teacher: Behaviour, student: Behaviour,
     return verdict.deficits(_tasks(tasks, teacher, student, None), seed)
 
 
+def divergence(diagnosis: Diagnosis, after: Scores, seed: int) -> Measure:
+    """The primary measure alone."""
+    return verdict.measure(_divergence(diagnosis.floor, diagnosis.before.scores, after), Gate(), seed)
+
+
 def baseline(
     names: tuple[str, str],
     diagnosis: Diagnosis,
@@ -78,14 +83,7 @@ def baseline(
 def _divergences(diagnosis: Diagnosis, after: Behaviour | None) -> list[Paired]:
     """The primary measure and its tail; the teacher's value is the floor."""
     models = diagnosis.floor, diagnosis.before.scores, after.scores if after else None
-    mean = Paired(
-        "kl",
-        "token KL to the teacher",
-        "nats",
-        "lower",
-        verdict.ratio_of_sums(),
-        *(item and _token_sums(item) for item in models),
-    )
+    mean = _divergence(*models)
     tail = Paired(
         "kl_p99",
         "token KL, 99th percentile",
@@ -95,6 +93,17 @@ def _divergences(diagnosis: Diagnosis, after: Behaviour | None) -> list[Paired]:
         *(item and _padded(item.kl) for item in models),
     )
     return [mean, tail]
+
+
+def _divergence(floor: Scores, before: Scores, after: Scores | None) -> Paired:
+    return Paired(
+        "kl",
+        "token KL to the teacher",
+        "nats",
+        "lower",
+        verdict.ratio_of_sums(),
+        *(item and _token_sums(item) for item in (floor, before, after)),
+    )
 
 
 def _on_answers(diagnosis: Diagnosis, after: Behaviour | None, test: Sequence[Answered]) -> list[Paired]:

@@ -7,10 +7,12 @@ folders only, safetensors only, and no code that comes with a model is run.
 """
 
 import gc
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -27,25 +29,33 @@ from recoup_ml.errors import NonFiniteWeights, UnsupportedModel
 
 @dataclass(frozen=True)
 class Head:
-    """From a last hidden state to logits: a linear map, then a soft cap where the family has one."""
+    """From a last hidden state to logits: a linear map; a factor and a soft cap where the family has them."""
 
     weight_VD: Tensor
     bias_V: Tensor | None = None
     softcap: float | None = None
+    scale: float = 1.0
 
     def __call__(self, hidden_ND: Tensor) -> Tensor:
-        logits_NV = nn.functional.linear(hidden_ND, self.weight_VD, self.bias_V).float()
+        """[N, V]; half precision is raised to float32, so that softmax can be trusted."""
+        logits_NV = nn.functional.linear(hidden_ND, self.weight_VD, self.bias_V)
+        if logits_NV.dtype in {torch.bfloat16, torch.float16}:
+            logits_NV = logits_NV.float()
+        if self.scale != 1.0:
+            logits_NV = logits_NV * self.scale
         return logits_NV if self.softcap is None else self.softcap * torch.tanh(logits_NV / self.softcap)
 
     def detached(self) -> "Head":
         """The same head, keeping its present weights though the model may be changed or moved."""
-        bias_V = None if self.bias_V is None else self.bias_V.detach()
-        return Head(self.weight_VD.detach(), bias_V, self.softcap)
+        return self._with(Tensor.detach)
 
     def like(self, tensor: Tensor) -> "Head":
         """The same head in another tensor's dtype and on its device."""
-        bias_V = None if self.bias_V is None else self.bias_V.to(tensor)
-        return Head(self.weight_VD.to(tensor), bias_V, self.softcap)
+        return self._with(lambda own: own.to(tensor))
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> "Head":
+        bias_V = None if self.bias_V is None else change(self.bias_V)
+        return replace(self, weight_VD=change(self.weight_VD), bias_V=bias_V)
 
 
 def device() -> torch.device:
@@ -81,6 +91,18 @@ def load(folder: Path) -> PreTrainedModel:
     _check_finite(model, folder)
     _check_head(model.eval(), folder)
     return model
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").exists()
+
+
+def load_trained(student: Path, checkpoint: Path) -> PreTrainedModel:
+    """The student with its trained adapter inside, or the trained model itself."""
+    if is_adapter(checkpoint):
+        adapted = PeftModel.from_pretrained(load(student), checkpoint)
+        return adapted.get_base_model().eval()
+    return load(checkpoint)
 
 
 def is_quantized(model: PreTrainedModel) -> bool:
@@ -132,9 +154,10 @@ def can_pack(model: PreTrainedModel) -> bool:
 
 def head(model: PreTrainedModel) -> Head:
     """The model's output head; its tensors are the model's own, so gradients reach them."""
-    linear = model.get_output_embeddings()
-    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    return Head(linear.weight, getattr(linear, "bias", None), softcap)
+    linear, config = model.get_output_embeddings(), model.config.get_text_config()
+    softcap = getattr(config, "final_logit_softcapping", None)
+    scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)
+    return Head(linear.weight, getattr(linear, "bias", None), softcap, scale)
 
 
 @torch.no_grad()

@@ -38,7 +38,11 @@ class Observation:
         if self.head.bias_V is not None:
             tensors["bias"] = self.head.bias_V
         lengths = ",".join(str(len(part)) for part in self.hidden)
-        metadata = {"lengths": lengths, "softcap": repr(self.head.softcap or 0.0)}
+        metadata = {
+            "lengths": lengths,
+            "softcap": repr(self.head.softcap or 0.0),
+            "scale": repr(self.head.scale),
+        }
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
 
     @staticmethod
@@ -47,7 +51,8 @@ class Observation:
             metadata = file.metadata()
         tensors = load_file(path)
         lengths = [int(length) for length in metadata["lengths"].split(",")]
-        own_head = Head(tensors["head"], tensors.get("bias"), float(metadata["softcap"]) or None)
+        softcap, scale = float(metadata["softcap"]) or None, float(metadata["scale"])
+        own_head = Head(tensors["head"], tensors.get("bias"), softcap, scale)
         return Observation(list(tensors["hidden"].split(lengths)), own_head, [])
 
 

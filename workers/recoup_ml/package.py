@@ -12,7 +12,7 @@ from pathlib import Path
 
 from peft import PeftModel
 
-from recoup.schemas import Report
+from recoup.schemas import Alignment, Report
 from recoup_ml import answers, diagnose, distil, evaluate, models
 from recoup_ml.alignment import csv_table
 from recoup_ml.card import model_card
@@ -26,7 +26,7 @@ from recoup_ml.script import recipe_script
 from recoup_ml.sequences import Encoded, encode
 from recoup_ml.weights import zeros_filled
 
-RECIPE, PROMPTS = "recipe.py", "prompts.jsonl"
+RECIPE, PROMPTS, CHECKPOINT = "recipe.py", "prompts.jsonl", "checkpoint"
 TAUGHT = ("texts.jsonl", "keep.jsonl")
 """Beside the teacher's answers: reference answers, rewritten or not, and the student's own on `keep`."""
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -51,15 +51,35 @@ def package(run: Run, journal: Journal, done: Done, folder: Path) -> None:
     journal.publish(files | _weight_files(done, weights))
 
 
+def checkpoint(run: Run, journal: Journal, best: Path, folder: Path) -> None:
+    """Publishes the best checkpoint of a recovery that was given up: unproven, so without a report."""
+    weights = folder / CHECKPOINT
+    shutil.copytree(best, weights, ignore=shutil.ignore_patterns("README.md"))
+    if (weights / ADAPTER_FILES[0]).exists():
+        _name_base(weights / ADAPTER_FILES[0], run.request.student.source)
+    journal.publish({f"{CHECKPOINT}/{path.name}": path for path in weights.iterdir()})
+
+
 def _write_report(report: Report, folder: Path) -> dict[str, Path]:
     contents = {
         "report.json": report.model_dump_json(indent=1).encode(),
         "report.html": html_page(report).encode(),
-        "alignment.json": report.alignment.model_dump_json().encode(),
-        "alignment.csv": csv_table(report.alignment).encode(),
-        "alignment.svg": alignment_svg(report.alignment).encode(),
-        "alignment.png": alignment_png(report.alignment),
     }
+    return _written(contents, folder) | alignment_files(report.alignment, folder)
+
+
+def alignment_files(alignment: Alignment, folder: Path) -> dict[str, Path]:
+    """The alignment as data, as a table and as pictures, by what they are called."""
+    contents = {
+        "alignment.json": alignment.model_dump_json().encode(),
+        "alignment.csv": csv_table(alignment).encode(),
+        "alignment.svg": alignment_svg(alignment).encode(),
+        "alignment.png": alignment_png(alignment),
+    }
+    return _written(contents, folder)
+
+
+def _written(contents: dict[str, bytes], folder: Path) -> dict[str, Path]:
     for name, content in contents.items():
         (folder / name).write_bytes(content)
     return {name: folder / name for name in contents}
@@ -111,7 +131,9 @@ def _line(item: Encoded, **more: Sequence[int]) -> str:
 def _write_weights(run: Run, done: Done, folder: Path) -> None:
     plan, best = answers.read_plan(done), distil.best(done)
     assert best is not None
-    if plan.output == "merged" and (best / "adapter_config.json").exists():
+    if changed := evaluate.handed_over(done):
+        shutil.copytree(changed, folder, dirs_exist_ok=True)
+    elif plan.output == "merged" and models.is_adapter(best):
         merged = PeftModel.from_pretrained(models.load(run.student), best).merge_and_unload()
         merged.save_pretrained(folder)
     else:

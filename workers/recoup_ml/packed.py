@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from recoup_ml.weights import Weights
 
@@ -94,6 +94,13 @@ class PlainWeights:
 def _row_scales(name: str) -> str:
     """Where LLM.int8() keeps the greatest absolute value of each row."""
     return f"{name.removesuffix('weight')}SCB"
+
+
+def settings(folder: Path) -> BitsAndBytesConfig:
+    """How bitsandbytes packed the model in `folder`, to pack another one so."""
+    return BitsAndBytesConfig.from_dict(
+        json.loads((folder / "config.json").read_text())["quantization_config"]
+    )
 
 
 def settle_bitsandbytes(model: PreTrainedModel, folder: Path) -> None:

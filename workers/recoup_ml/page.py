@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from recoup.schemas import Estimate, Outcome, Report, Stopped
 from recoup_ml import plots
+from recoup_ml.plan import Form
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,11 @@ PHASES: Final = {
     "rewrites": "references in the teacher's words",
     "references": "references as they are",
 }
+FORMS: Final[dict[Form, str]] = {
+    "adapter": "an adapter beside the packed weights",
+    "merged": "both in one model of plain numbers",
+    "requantized": "that model, packed again",
+}
 STOPPED: Final[dict[Stopped, str]] = {
     "steps": "all steps taken",
     "gap_closed": "the gap was closed",
@@ -68,8 +74,11 @@ def html_page(report: Report) -> str:
             primary=next((measure for measure in report.measures if measure.name == "kl"), None),
             loss_svg=_inline(plots.loss_curve(report.training)) if report.training else None,
             diagonal_svg=_inline(plots.alignment_diagonal(report.alignment)),
+            trajectory=report.training.trajectory if report.training else None,
+            trajectory_svg=_trajectory(report),
             heatmap_svg=_inline(plots.alignment_heatmap(report.alignment)),
             ink=plots.INK,
+            FORMS=FORMS,
             PHASES=PHASES,
             STOPPED=STOPPED,
         )
@@ -95,6 +104,11 @@ def _environment() -> Environment:
         visible=visible,
     )
     return environment
+
+
+def _trajectory(report: Report) -> Markup | None:
+    known = report.training and report.training.trajectory
+    return _inline(plots.trajectory_curves(known)) if known else None
 
 
 def _inline(svg: str) -> Markup:

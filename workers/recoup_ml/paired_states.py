@@ -8,10 +8,8 @@ Axes: B texts of a batch, T token positions, N chosen tokens, D width, L layers 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -101,20 +99,22 @@ class Frames:
     student: Frame
     teacher: Frame
 
-    def save(self, path: Path) -> None:
-        tensors = {
+    def same(self, other: "Frames") -> bool:
+        mine, theirs = self.tensors(), other.tensors()
+        return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By name, as they are saved."""
+        return {
             f"{name}.{layer:04d}": torch.cat([centre, torch.tensor([size, median])])
             for name, frame in (("student", self.student), ("teacher", self.teacher))
             for layer, (centre, size, median) in enumerate(
                 zip(frame.centres, frame.sizes, frame.medians, strict=True)
             )
         }
-        save_file(tensors, path)
 
     @staticmethod
-    def load(path: Path) -> "Frames":
-        tensors = load_file(path)
-
+    def of(tensors: Mapping[str, Tensor]) -> "Frames":
         def frame(name: str) -> Frame:
             rows = [tensors[key] for key in sorted(tensors) if key.startswith(name)]
             return Frame(

@@ -13,6 +13,7 @@ from recoup_ml.errors import UnsupportedRequest
 
 Data = Literal["teacher", "student", "demonstrated", "rewrites", "references"]
 Mode = Literal["lora", "dora", "full", "norms"]
+Form = Literal["adapter", "merged", "requantized"]
 REPAIRS: dict[str, frozenset[str]] = {
     "finetuning": frozenset({"interpolate", "spectral", "restore_layers"}),
     "quantization": frozenset({"low_rank_patch"}),
@@ -66,7 +67,7 @@ class Plan:
     batch_size: int
     start: Literal["student", "repair"]
     """Whether a training-free repair that came nearer on validation is what training starts from."""
-    output: Literal["adapter", "merged"]
+    output: Form
     choices: tuple[Choice, ...]
 
     @property
@@ -251,9 +252,7 @@ def _mode(request: CreateRecovery, rule: _Rule) -> tuple[Mode, str]:
     return "lora", "an adapter recovers as much here in less memory and is served as is"
 
 
-def _output(
-    request: CreateRecovery, mode: Mode, method: Method, keep_zeros: bool
-) -> tuple[Literal["adapter", "merged"], str]:
+def _output(request: CreateRecovery, mode: Mode, method: Method, keep_zeros: bool) -> tuple[Form, str]:
     kind = request.output.kind
     if method not in DATA and method != "low_rank_patch":
         if kind == "adapter":

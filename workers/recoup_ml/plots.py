@@ -22,7 +22,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from recoup.schemas import Alignment, AlignmentState, Checkpoint, TrainingReport
+from recoup.schemas import Alignment, AlignmentState, Checkpoint, TrainingReport, Trajectory
 
 INK: Final = "#6e7681"
 BEFORE: Final = "#d55e00"
@@ -59,6 +59,14 @@ def loss_curve(training: TrainingReport) -> str:
     figure = Figure(figsize=(5.6, 3.6), layout="constrained")
     _draw_loss(figure.subplots(), training)
     return _svg(figure, "loss")
+
+
+@mpl.rc_context(_STYLE)
+def trajectory_curves(trajectory: Trajectory) -> str:
+    """KL on validation and, above it, alignment at the same steps of a training."""
+    figure = Figure(figsize=(10.0, 4.2), layout="constrained")
+    _draw_trajectory(figure, trajectory)
+    return _svg(figure, "trajectory")
 
 
 @mpl.rc_context(_STYLE)
@@ -143,6 +151,24 @@ def _mark_chosen(axes: Axes, checkpoint: Checkpoint) -> None:
         markeredgewidth=1.8,
         label=f"chosen: step {checkpoint.step}, KL {checkpoint.validation_kl:.3f}",
     )
+
+
+def _draw_trajectory(figure: Figure, trajectory: Trajectory) -> None:
+    above, below = figure.subplots(2, 1, sharex=True)
+    steps = [point.step for point in trajectory.points]
+    for name, marker, label in (("mean", "o", "mean over layers"), ("last", "s", "last layer")):
+        values = _floats([getattr(point, name) for point in trajectory.points])
+        above.plot(steps, values, color=BEFORE, linewidth=1.4, marker=marker, markersize=4.5, label=label)
+    above.lines[-1].set_linestyle((0, (4, 3)))
+    above.set_ylabel("CKA with the teacher")
+    above.legend(loc="lower right")
+    nats = [point.validation_kl for point in trajectory.points]
+    below.plot(steps, _floats(nats), color=AFTER, linewidth=1.4, marker="D", markersize=4.5)
+    _set_nats([value for value in nats if value is not None], below)
+    below.set_xlabel("optimizer step")
+    below.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in (above, below):
+        axes.grid(axis="y")
 
 
 def _set_nats(values: list[float], axes: Axes) -> None:

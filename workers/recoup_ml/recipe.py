@@ -1,8 +1,9 @@
 """A recovery from beginning to end: read this first.
 
 Each stage is one call into one sibling file. It fills a folder, which the journal commits;
-a stage that was committed is skipped when a job is taken up again after a crash. What one
-stage leaves, the next reads from there. One model is in memory at a time.
+a stage that was committed is skipped when a job is taken up again after a crash, and one that
+was not goes on from what it kept as `durable.UNFINISHED`. What one stage leaves, the next reads
+from there. One model is in memory at a time.
 
     diagnose   what happened to the weights, how far the student is from its teacher
     generate   the teacher answers training and validation prompts
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from recoup.schemas import Outcome, Stage
-from recoup_ml import answers, diagnose, distil, evaluate, package
+from recoup_ml import answers, diagnose, distil, durable, evaluate, examination, package
 from recoup_ml.run import Done, Journal, Run
 
 
@@ -26,11 +27,13 @@ def recover(run: Run, journal: Journal) -> Outcome:
 
     Raises:
         RecoveryError: with the code that the failed job keeps.
+        Interrupted: the journal asked to stop.
     """
     done: dict[Stage, Path] = {}
 
     def stage(name: Stage, work: Callable[[Run, Journal, Done, Path], None]) -> None:
         done[name] = journal.stage(name, lambda folder: work(run, journal, done, folder))
+        durable.remove(done[name] / durable.UNFINISHED)
 
     stage("diagnose", diagnose.diagnose)
     if diagnose.read(done).needed:
@@ -39,3 +42,14 @@ def recover(run: Run, journal: Journal) -> Outcome:
     stage("evaluate", evaluate.evaluate)
     stage("package", package.package)
     return evaluate.read(done).outcome
+
+
+def examine(run: Run, journal: Journal) -> None:
+    """A diagnosis: the first stage of a recovery, and its report.
+
+    Raises:
+        RecoveryError: with the code that the failed job keeps.
+    """
+    done: dict[Stage, Path] = {}
+    done["diagnose"] = journal.stage("diagnose", lambda folder: diagnose.diagnose(run, journal, done, folder))
+    journal.stage("package", lambda folder: examination.package(run, journal, done, folder))

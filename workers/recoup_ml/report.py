@@ -37,10 +37,11 @@ def assemble(run: Run, journal: Journal, done: Done) -> Report:
         training=training,
         repairs=baselines.shown(done),
         baseline=evaluation.baseline,
+        forms=evaluation.forms,
         alignment=evaluate.read_alignment(done),
         samples=evaluation.samples,
-        cost=_cost(journal, done, diagnosis, training),
-        provenance=_provenance(run),
+        cost=cost(journal, done, diagnosis, training),
+        provenance=provenance(run),
     )
 
 
@@ -50,7 +51,7 @@ def _nothing_to_plan() -> list[Choice]:
     ]
 
 
-def _cost(journal: Journal, done: Done, diagnosis: Diagnosis, training: TrainingReport | None) -> Cost:
+def cost(journal: Journal, done: Done, diagnosis: Diagnosis, training: TrainingReport | None) -> Cost:
     learnt = _generated(done["generate"]) if "generate" in done else 0
     return Cost(
         stage_seconds=journal.stage_seconds(),
@@ -74,7 +75,7 @@ def _peak_memory() -> int:
     return peak if platform.system() == "Darwin" else peak * 1024
 
 
-def _provenance(run: Run) -> Provenance:
+def provenance(run: Run) -> Provenance:
     libraries = {name: version(name) for name in LIBRARIES}
     return Provenance(
         seed=run.request.seed,

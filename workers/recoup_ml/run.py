@@ -32,6 +32,10 @@ class Run:
     """Texts for bits per character; empty: text that Python carries."""
     vllm_url: str | None
     """A server that answers for the teacher; none: the teacher answers in this process."""
+    answers: Path | None = None
+    """The folder of the cache of servers' answers, shared by recoveries; none: nothing is remembered."""
+    halvings: int = 0
+    """How often training goes with half as many tokens at once, memory having run out before."""
 
     @property
     def prompt_tokens(self) -> int:
@@ -43,11 +47,22 @@ Done = Mapping[Stage, Path]
 """The folders of the stages that are committed."""
 
 
+class Interrupted(Exception):
+    """The recovery was asked to stop and did, leaving what its successor goes on from."""
+
+
 class Journal(Protocol):
     """Keeps what a recovery did and tells how far it is."""
 
     def stage(self, name: Stage, work: Callable[[Path], None]) -> Path:
-        """The folder of a committed stage; where there is none yet, `work` fills it and it is committed."""
+        """The folder of a committed stage; where there is none yet, `work` fills it and it is committed.
+
+        What an earlier holder of the job left of this stage in `durable.UNFINISHED` is there again.
+        """
+        ...
+
+    def stopping(self) -> bool:
+        """Whether the recovery is to stop as soon as what it did is safe."""
         ...
 
     def progress(self, done: int, total: int, unit: str) -> None: ...
@@ -70,7 +85,16 @@ class Counter:
         self._journal, self._total, self._unit, self._before = journal, total, unit, 0
 
     def part(self, size: int) -> Callable[[int], None]:
-        """Counts a part of `size`: call the result with how much of the part is done."""
+        """Counts a part of `size`: call the result with how much of the part is done.
+
+        The call raises `Interrupted` where the recovery is to stop.
+        """
         before = self._before
         self._before += size
-        return lambda done: self._journal.progress(before + done, self._total, self._unit)
+
+        def count(done: int) -> None:
+            self._journal.progress(before + done, self._total, self._unit)
+            if self._journal.stopping():
+                raise Interrupted
+
+        return count

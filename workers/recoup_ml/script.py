@@ -17,6 +17,7 @@ from typing import Any, Final, Literal
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from recoup.schemas import CreateRecovery, Report, TrainingReport
+from recoup_ml import regulariser
 from recoup_ml.page import day
 from recoup_ml.plan import Data, Plan
 from recoup_ml.trainable import ranks
@@ -42,6 +43,10 @@ LESSONS: Final[dict[Data, str]] = {
 KEEPS: Final = "On the prompts of `keep.jsonl` it holds on to the distribution that it had before."
 ENDS: Final = "Recoup kept the checkpoint that was best on validation prompts: there this ends."
 DIVERGED: Final = "In Recoup this training diverged, and no checkpoint was kept."
+PULLED: Final = (
+    "Recoup's loss also had the terms of `alignment` that pull hidden states towards the teacher's; this "
+    "script leaves them out, so it does not repeat the training exactly."
+)
 FORMULAS: Final = {
     "forward_kl": "KL(p ‖ q)",
     "reverse_kl": "KL(q ‖ p)",
@@ -63,7 +68,7 @@ def recipe_script(report: Report, plan: Plan, request: CreateRecovery, patched: 
     phases = _phases(training)
     template = _environment().get_template("recipe.py.jinja")
     return template.render(
-        about=_about(training, phases, start),
+        about=_about(training, phases, start, regulariser.wanted(request.alignment)),
         facts=_facts(report, training),
         seed=report.provenance.seed,
         plan=plan,
@@ -77,6 +82,7 @@ def recipe_script(report: Report, plan: Plan, request: CreateRecovery, patched: 
         by_teacher=any(phase.data in {"teacher", "student", "demonstrated"} for phase in phases),
         shown=any(phase.data == "demonstrated" for phase in phases),
         keep=training.keep_answers > 0,
+        merges=plan.output == "merged" and not report.forms,
         **_rollouts(phases, request),
     )
 
@@ -127,20 +133,23 @@ def _phases(training: TrainingReport) -> list[_Phase]:
     return phases
 
 
-def _about(training: TrainingReport, phases: Sequence[_Phase], start: Start) -> str:
+def _about(training: TrainingReport, phases: Sequence[_Phase], start: Start, pulled: bool) -> str:
     kept = any(point.chosen for point in training.checkpoints)
     lessons = [LESSONS[phase.data] for phase in phases] + [KEEPS] * (training.keep_answers > 0)
-    return fill(" ".join([FILES, STARTS[start], *lessons, ENDS if kept else DIVERGED]), COLUMNS)
+    ends = [PULLED] * pulled + [ENDS if kept else DIVERGED]
+    return fill(" ".join([FILES, STARTS[start], *lessons, *ends]), COLUMNS)
 
 
 def _facts(report: Report, training: TrainingReport) -> list[str]:
     made, versions = report.provenance, report.provenance.versions
     repair = [] if training.started_from == "student" else [f"Repaired before by {training.started_from}"]
+    form = next((form.form for form in report.forms if form.handed_over and form.form != "adapter"), None)
     return [
         f"Recovery {report.recovery} of {day(report.created_at)}: {report.outcome}. {report.reason}",
         f"Student {made.student}, sha256 of its weights {made.student_sha256}",
         *repair,
         f"Teacher {made.teacher}, sha256 of its weights {made.teacher_sha256}",
+        *([f"Handed over {form}; this script leaves the adapter that came before that"] if form else []),
         "With " + ", ".join(f"{name} {version}" for name, version in versions.items()),
     ]
 

@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -176,8 +177,10 @@ def write_jsonl(path: Path, sequences: Sequence[Answered]) -> None:
 
 def read_jsonl(path: Path) -> list[Answered]:
     with path.open() as lines:
-        rows = [json.loads(line) for line in lines]
-    return [
-        Answered(**row | {"prompt_ids": tuple(row["prompt_ids"]), "answer_ids": tuple(row["answer_ids"])})
-        for row in rows
-    ]
+        return [from_row(json.loads(line)) for line in lines]
+
+
+def from_row(row: dict[str, Any]) -> Answered:
+    """An answer that was kept as JSON."""
+    ids = {name: tuple(row[name]) for name in ("prompt_ids", "answer_ids")}
+    return Answered(**row | ids)

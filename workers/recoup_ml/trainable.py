@@ -37,8 +37,13 @@ class Trainee:
     """Matrices of a pruned student, and where they are zero and stay so."""
 
     @property
+    def named(self) -> dict[str, nn.Parameter]:
+        """What trains, by its name in the model."""
+        return {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+
+    @property
     def parameters(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return [*self.named.values()]
 
     @property
     def masked_weights(self) -> int:

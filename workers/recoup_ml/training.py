@@ -1,13 +1,15 @@
 """The training loop: a lesson a step, phase after phase, checkpoints chosen on validation.
 
 What is learnt comes from a course (`lessons.py`), what trains is the trainee's business
-(`trainable.py`), when to stop is `stopping.py`'s. This file owns the order of things.
+(`trainable.py`), when to stop is `stopping.py`'s, how a killed training finds back to where it was
+is `snapshots.py`'s. This file owns the order of things.
 """
 
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -16,15 +18,20 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from recoup.schemas import Checkpoint, PhaseReport, RewriteCounts, Stopped, TrainingPoint, TrainingReport
+from recoup_ml import durable
 from recoup_ml.divergence import Divergence
 from recoup_ml.fused import hidden_divergence
 from recoup_ml.lessons import Course, Lesson
 from recoup_ml.models import can_pack, head, last_hidden
 from recoup_ml.plan import Phase, Plan
+from recoup_ml.regulariser import Regulariser
+from recoup_ml.run import Interrupted
 from recoup_ml.sequences import Answered, Batch, batches, packs
+from recoup_ml.snapshots import Snapshot, Snapshots, dice, moments, restore_dice, restore_moments
 from recoup_ml.stopping import PATIENCE, reason_to_stop
 from recoup_ml.targets import join
 from recoup_ml.trainable import Trainee
+from recoup_ml.trajectory import Recorder
 
 WARMUP_SHARE, FINAL_SHARE = 0.1, 0.1
 MAX_GRADIENT_NORM = 1.0
@@ -42,6 +49,19 @@ class Watchers:
     floor: float
     """Of the teacher to itself after rounding, nats."""
     tell: Callable[[TrainingPoint | Checkpoint], None]
+    recorder: Recorder | None = None
+    """Looks in place of `validate` where alignment is measured along the way."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where training stands in its present phase, at the end of a step."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    stopped: Stopped | None = None
+    """Why the phase is over before its last step."""
 
 
 @dataclass
@@ -49,7 +69,7 @@ class Training:
     """A student that is being trained: the optimizer, and all that was seen on the way.
 
     `best` holds the checkpoint with the lowest validation KL; it stays absent if training diverged
-    before any was finite.
+    before any was finite. With `snapshots`, a training that was killed can be taken up where it was.
     """
 
     trainee: Trainee
@@ -60,10 +80,17 @@ class Training:
     """Validation KL of the student before anything was done to it, nats."""
     stops_early: bool
     best: Path
+    snapshots: Snapshots | None = None
+    regulariser: Regulariser | None = None
+    """Acts on what is learnt from the teacher, not on `keep`."""
+    halvings: int = 0
+    """How often the tokens that go through the student at once are halved."""
     _keep: Course | None = None
     _curve: list[TrainingPoint] = field(default_factory=list)
     _checkpoints: list[Checkpoint] = field(default_factory=list)
     _phases: list[PhaseReport] = field(default_factory=list)
+    _resumed: Snapshot | None = None
+    """What the next phase to be run goes on from."""
 
     def __post_init__(self) -> None:
         self._optimizer = torch.optim.AdamW(
@@ -76,32 +103,61 @@ class Training:
         """Adds a lesson of this course to every step; its mean divergence counts as much as the other's."""
         self._keep = course
 
+    def take_up(self) -> None:
+        """Goes back to the newest snapshot, if there is one: what is still `left` is to be run."""
+        if (found := self.snapshots and self.snapshots.newest()) is None:
+            return
+        with torch.no_grad():
+            for name, weight in found.group("weights").items():
+                self.trainee.named[name].copy_(weight)
+        restore_moments(self._optimizer, self.trainee.named, found.group("moments"))
+        self._curve = [TrainingPoint(**point) for point in found.state["curve"]]
+        self._checkpoints = [Checkpoint(**point) for point in found.state["checkpoints"]]
+        self._phases = [PhaseReport(**phase) for phase in found.state["phases"]]
+        if self.watchers.recorder:
+            self.watchers.recorder.restore(found.state["recorder"])
+        self._resumed = found
+        self._save_if_chosen()  # a crash between snapshot and checkpoint may have left an older one
+
+    def left(self) -> tuple[Phase, ...]:
+        """The plan's phases that are not over."""
+        return self.plan.phases[len(self._phases) :]
+
     def run(self, phase: Phase, course: Course) -> None:
-        """Takes the steps of a phase, fewer if validation says so."""
-        began, before, tokens, stopped = time.monotonic(), len(self._curve), 0, "steps"
-        when = validation_steps(phase.steps)
-        for step in range(1, phase.steps + 1):
-            lessons = [course.next(), *([self._keep.next()] if self._keep else [])]
-            loss = self._step(lessons, phase.learning_rate * rate_share(step - 1, phase.steps))
+        """Takes the steps of a phase, fewer if validation says so.
+
+        Raises:
+            Interrupted: the run is to stop; a snapshot is kept.
+        """
+        courses = [course, *([self._keep] if self._keep else [])]
+        at = self._go_on(courses)
+        began, when = time.monotonic() - at.seconds, validation_steps(phase.steps)
+        recorder = self.watchers.recorder
+        if recorder and not self._curve:
+            self._kl()
+        while at.stopped is None and at.step < phase.steps:
+            lessons = [course.next() for course in courses]
+            loss = self._step(lessons, phase.learning_rate * rate_share(at.step, phase.steps))
             if not math.isfinite(loss):
-                stopped = "diverged"
+                at = replace(at, stopped="diverged")
                 break
-            tokens += sum(lesson.positions for lesson in lessons)
-            if step in when and (reason := self._validate(phase)):
-                stopped = reason
-                break
+            tokens = at.tokens + sum(lesson.positions for lesson in lessons)
+            validated = at.step + 1 in when
+            reason = self._validate(phase) if validated else None
+            if recorder and not validated and recorder.due(len(self._curve)):
+                self._kl()
+            at = Position(at.step + 1, tokens, time.monotonic() - began, reason)
+            self._keep_safe(at, courses, validated)
         self._phases.append(
             PhaseReport(
                 data=phase.data,
-                objective="cross_entropy"
-                if phase.data in {"rewrites", "references"}
-                else str(self.plan.divergence),
+                objective=self._objective(phase),
                 learning_rate=phase.learning_rate,
                 planned_steps=phase.steps,
-                steps=len(self._curve) - before,
-                tokens=tokens,
+                steps=at.step,
+                tokens=at.tokens,
                 seconds=time.monotonic() - began,
-                stopped=stopped,
+                stopped=at.stopped or "steps",
             )
         )
 
@@ -122,13 +178,20 @@ class Training:
             rewrites=rewrites,
             curve=self._curve,
             checkpoints=self._checkpoints,
+            trajectory=self.watchers.recorder and self.watchers.recorder.trajectory(),
         )
+
+    def _objective(self, phase: Phase) -> str:
+        texts = phase.data in {"rewrites", "references"}
+        objective = "cross_entropy" if texts else str(self.plan.divergence)
+        return f"{objective} + {self.regulariser}" if self.regulariser else objective
 
     def _step(self, lessons: Sequence[Lesson], rate: float) -> float:
         """One optimizer step on all lessons; returns the mean divergence of the first, nats a position."""
         self.trainee.model.train()
-        losses = [self._learn(lesson) for lesson in lessons]
+        losses = [self._learn(lessons[0], self.regulariser), *(self._learn(lesson) for lesson in lessons[1:])]
         if not all(map(math.isfinite, losses)):
+            self._optimizer.zero_grad(set_to_none=True)
             return math.nan
         self.trainee.mask_gradients()
         nn.utils.clip_grad_norm_(self.trainee.parameters, MAX_GRADIENT_NORM)
@@ -141,22 +204,18 @@ class Training:
         self.watchers.tell(self._curve[-1])
         return losses[0]
 
-    def _learn(self, lesson: Lesson) -> float:
-        tokens = MICRO_TOKENS[self.trainee.model.device.type]
+    def _learn(self, lesson: Lesson, regulariser: Regulariser | None = None) -> float:
+        tokens = MICRO_TOKENS[self.trainee.model.device.type] >> self.halvings
         pieces = (
             packs(lesson.answers, tokens) if self._packs else batches(lesson.answers, self.pad_id, tokens)
         )
-        return learn(self.trainee.model, lesson, self.plan.divergence, pieces)
+        return learn(self.trainee.model, lesson, self.plan.divergence, pieces, regulariser)
 
     def _validate(self, phase: Phase) -> Stopped | None:
-        """Adds a checkpoint, saved and marked as chosen if it is the best so far; says whether to stop."""
-        self.trainee.model.eval()
-        with parametrize.cached():
-            kl = self.watchers.validate(self.trainee.model)
+        """Adds a checkpoint, marked as chosen if it is the best so far; says whether to stop."""
+        kl = self._kl()
         finite = [point.validation_kl for point in self._checkpoints if point.validation_kl is not None]
         chosen = math.isfinite(kl) and kl < min(finite, default=math.inf)
-        if chosen:
-            self.trainee.save(self.best)
         step = len(self._curve)
         now = Checkpoint(step=step, validation_kl=kl if math.isfinite(kl) else None, chosen=chosen)
         earlier = [
@@ -169,23 +228,81 @@ class Training:
         patience = 1 if phase.probation else PATIENCE
         return reason_to_stop(self.before, self.watchers.floor, [*finite, kl], patience)
 
+    def _kl(self) -> float:
+        """Validation KL of the student as it is now."""
+        model, recorder = self.trainee.model.eval(), self.watchers.recorder
+        with parametrize.cached():
+            return recorder.look(model, len(self._curve)) if recorder else self.watchers.validate(model)
 
-def learn(student: PreTrainedModel, lesson: Lesson, divergence: Divergence, pieces: Iterable[Batch]) -> float:
+    def _go_on(self, courses: Sequence[Course]) -> Position:
+        """Where the phase stands: at its start, or where a snapshot left it, courses and dice included."""
+        found, self._resumed = self._resumed, None
+        if found is None:
+            return Position()
+        for course, state in zip(courses, found.state["courses"], strict=True):
+            course.restore(state)
+        restore_dice(found.group("dice"), found.state["dice"])
+        return Position(**found.state["position"])
+
+    def _keep_safe(self, at: Position, courses: Sequence[Course], validated: bool) -> None:
+        """Leaves on the disk, after a validation or when it is time, what a successor goes on from.
+
+        The snapshot comes first: with it the checkpoint that was chosen can be saved again.
+        """
+        kept = self.snapshots
+        if kept and (validated or kept.due()):
+            kept.write(len(self._curve), self._snapshot(at, courses))
+        if validated:
+            self._save_if_chosen()
+        if kept and kept.stopping():
+            raise Interrupted
+
+    def _save_if_chosen(self) -> None:
+        """Saves the present weights as the best if validation chose them."""
+        last = self._checkpoints[-1] if self._checkpoints else None
+        if last and last.chosen and last.step == len(self._curve):
+            durable.place(self.best, self.trainee.save)
+
+    def _snapshot(self, at: Position, courses: Sequence[Course]) -> Snapshot:
+        rolled, rolled_here = dice()
+        seen = {"curve": self._curve, "checkpoints": self._checkpoints, "phases": self._phases}
+        return Snapshot.of(
+            {
+                "weights": {name: weight.detach() for name, weight in self.trainee.named.items()},
+                "moments": moments(self._optimizer, self.trainee.named),
+                "dice": rolled,
+            },
+            {name: [item.model_dump() for item in items] for name, items in seen.items()}
+            | {"position": asdict(at), "dice": rolled_here}
+            | {"courses": [course.state() for course in courses]}
+            | {"recorder": self.watchers.recorder and self.watchers.recorder.state()},
+        )
+
+
+def learn(
+    student: PreTrainedModel,
+    lesson: Lesson,
+    divergence: Divergence,
+    pieces: Iterable[Batch],
+    regulariser: Regulariser | None = None,
+) -> float:
     """Adds the gradient of the lesson's mean divergence over its positions; returns it, nats.
 
-    The lesson's answers go through the student in `pieces`, one after another.
+    The lesson's answers go through the student in `pieces`, one after another. The gradient of a
+    `regulariser` is added, each piece by its share of the positions, and not its value to what is returned.
     """
     total = 0.0
     for piece in pieces:
         there = piece.to(student.device)
-        student_ND = last_hidden(student, there.ids_BT, there.mask_BT, there.places_BT)[there.answer_BT]
+        with regulariser.beside(student, there) if regulariser else nullcontext() as terms:
+            student_ND = last_hidden(student, there.ids_BT, there.mask_BT, there.places_BT)[there.answer_BT]
         target = join([lesson.targets[row] for row in piece.rows], student_ND)
         counted = [lesson.answers[row] for row in piece.rows]
         weights_N = torch.cat([_counts(answer, lesson.skip) for answer in counted]) / lesson.positions
         loss = hidden_divergence(
             student_ND, head(student), target, divergence, weights_N.to(student_ND.device)
         )
-        loss.backward()
+        (loss + terms() * float(weights_N.sum()) if terms else loss).backward()
         total += loss.item()
     return total
 

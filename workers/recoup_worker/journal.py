@@ -1,10 +1,12 @@
 """The ledger as a recovery's journal: stages committed under the claim's epoch, progress, events, files.
 
 A stage works in a folder of its own epoch. Only the ledger's fenced transaction makes that
-folder the job's, so a runner that lost its claim can leave nothing behind that counts.
+folder the job's, so a runner that lost its claim can leave nothing behind that counts. What it
+left of an unfinished stage, its successor takes over (`takeover.py`).
 """
 
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,8 @@ from recoup_jobs.artifacts import ARTIFACTS, publish
 from recoup_jobs.claims import Claim
 from recoup_jobs.ledger import Ledger
 from recoup_jobs.settings import Settings
+from recoup_ml.run import Interrupted
+from recoup_worker.takeover import take_over
 
 PROGRESS_SECONDS = 0.5
 
@@ -21,8 +25,9 @@ PROGRESS_SECONDS = 0.5
 class LedgerJournal:
     """Keeps one claimed job's journal; see `recoup_ml.run.Journal`."""
 
-    def __init__(self, ledger: Ledger, claim: Claim, settings: Settings) -> None:
+    def __init__(self, ledger: Ledger, claim: Claim, settings: Settings, stopping: threading.Event) -> None:
         self._ledger, self._claim, self._settings = ledger, claim, settings
+        self._stopping = stopping
         self._stage: Stage = "preflight"
         self._folder = Path()
         self._began = self._told = 0.0
@@ -31,15 +36,21 @@ class LedgerJournal:
         committed = self._ledger.committed(self._claim.job_id)
         if name in committed:
             return self._settings.stage_folder(committed[name])
+        if self.stopping():
+            raise Interrupted
         self._stage, self._began, self._told = name, time.monotonic(), 0.0
         self._ledger.enter_stage(self._claim, name)
         place = f"{self._claim.job_id}/e{self._claim.epoch}/{name}"
         self._folder = self._settings.stage_folder(place)
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True)
+        take_over(self._settings.jobs_dir / self._claim.job_id, name, self._claim.epoch)
         work(self._folder)
         self._ledger.commit_stage(self._claim, name, place)
         return self._folder
+
+    def stopping(self) -> bool:
+        return self._stopping.is_set()
 
     def progress(self, done: int, total: int, unit: str) -> None:
         """Tells how far the stage is, twice a second at most, and when it will end at the pace so far."""

@@ -1,12 +1,17 @@
 """The job's own process: `python -m recoup_worker.runner <job> <epoch>`, started by the supervisor.
 
-It runs one claimed recovery and writes the end of it into the ledger. An error that the
+It runs one claimed recovery, or a diagnosis, and writes the end of it into the ledger. An error that the
 recovery can explain fails the job at once; anything else is a bug or a broken machine, and
-the job is tried again a few times. Killed, it leaves its committed stages behind.
+the job is tried again a few times. Killed, it leaves its committed stages behind, and of the
+unfinished one what its successor goes on from. SIGTERM asks it to stop: it makes safe what it has,
+publishes the best checkpoint if the job is being cancelled, and exits with a code of its own (`exits.py`).
 """
 
+import os
 import shutil
+import signal
 import sys
+import threading
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,32 +21,48 @@ from recoup_jobs.artifacts import ARTIFACTS
 from recoup_jobs.claims import Claim
 from recoup_jobs.datasets import load_prompts, load_text
 from recoup_jobs.errors import RecoupError, StaleClaim
+from recoup_jobs.kinds import kind_of
 from recoup_jobs.ledger import Ledger, open_ledger
 from recoup_jobs.preflight import preflight
 from recoup_jobs.processes import die_with_parent, die_with_stdin
 from recoup_jobs.settings import Settings
 from recoup_jobs.sources import locate
+from recoup_ml.durable import UNFINISHED
+from recoup_ml.run import Interrupted
+from recoup_worker import exits
 from recoup_worker.journal import LedgerJournal
+
+ANSWERS = "answers"
+"""The folder, below home, of servers' answers that recoveries share."""
 
 if TYPE_CHECKING:
     from recoup_ml.run import Run
 
 
-def main() -> None:
+def main() -> int:
+    stopping = threading.Event()
+    signal.signal(signal.SIGTERM, lambda _number, _frame: stopping.set())
     die_with_parent()
     die_with_stdin()
     settings = Settings()
     ledger = open_ledger(settings)
     job_id, epoch = sys.argv[1], int(sys.argv[2])
-    run_claimed(Claim(job_id, epoch, ledger.get(job_id).request), ledger, settings)
+    return run_claimed(ledger.claimed(job_id, epoch), ledger, settings, stopping)
 
 
-def run_claimed(claim: Claim, ledger: Ledger, settings: Settings) -> None:
-    """Runs the recovery and ends the job: succeeded with an outcome, or failed with a code."""
+def run_claimed(claim: Claim, ledger: Ledger, settings: Settings, stopping: threading.Event) -> int:
+    """Runs the recovery and ends the job: succeeded with an outcome, or failed with a code.
+
+    Answers the exit code; where it was stopped, the job is not ended.
+    """
     from recoup_ml.errors import RecoveryError
 
     try:
-        _recover(claim, ledger, settings)
+        _recover(claim, ledger, settings, stopping)
+    except Interrupted:
+        if ledger.get(claim.job_id).state == "cancelling":
+            _publish_best(claim, ledger, settings)
+        return exits.STOPPED
     except StaleClaim:
         raise
     except RecoveryError as error:
@@ -51,20 +72,38 @@ def run_claimed(claim: Claim, ledger: Ledger, settings: Settings) -> None:
     except Exception as error:
         traceback.print_exc()
         ledger.fail(claim, "internal_error", f"{type(error).__name__}: {error}", retry=True)
+    return exits.ENDED
 
 
-def _recover(claim: Claim, ledger: Ledger, settings: Settings) -> None:
-    from recoup_ml.recipe import recover
+def _recover(claim: Claim, ledger: Ledger, settings: Settings, stopping: threading.Event) -> None:
+    from recoup_ml import recipe
 
-    journal = LedgerJournal(ledger, claim, settings)
+    journal = LedgerJournal(ledger, claim, settings, stopping)
 
     def check(_folder: Path) -> None:
         preflight(claim.request, ledger, settings)
 
     journal.stage("preflight", check)
-    outcome = recover(_run(claim, ledger, settings), journal)
-    ledger.succeed(claim, outcome)
+    run = _run(claim, ledger, settings)
+    if kind_of(claim.job_id) == "diagnosis":
+        recipe.examine(run, journal)
+        ledger.succeed(claim, None)
+    else:
+        ledger.succeed(claim, recipe.recover(run, journal))
     _clear_work(settings.stage_folder(ledger.committed(claim.job_id)["package"]), settings, claim)
+
+
+def _publish_best(claim: Claim, ledger: Ledger, settings: Settings) -> None:
+    """Makes the best checkpoint so far, if there is one, what the job hands over."""
+    from recoup_ml import distil, package
+
+    committed = ledger.committed(claim.job_id).get("distil")
+    unfinished = f"{claim.job_id}/e{claim.epoch}/distil/{UNFINISHED}"
+    best = settings.stage_folder(committed or unfinished) / distil.BEST
+    if best.exists():
+        run = _run(claim, ledger, settings)
+        journal = LedgerJournal(ledger, claim, settings, threading.Event())
+        journal.stage("package", lambda folder: package.checkpoint(run, journal, best, folder))
 
 
 def _run(claim: Claim, ledger: Ledger, settings: Settings) -> "Run":
@@ -85,6 +124,8 @@ def _run(claim: Claim, ledger: Ledger, settings: Settings) -> "Run":
         ],
         natural_text=load_text(ledger, settings, text) if text else [],
         vllm_url=settings.vllm_urls[0] if settings.vllm_urls else None,
+        answers=settings.home / ANSWERS,
+        halvings=claim.memory_failures,
     )
 
 
@@ -100,4 +141,7 @@ def _clear_work(package: Path, settings: Settings, claim: Claim) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # the thread that waits at standard input holds its lock, on which a plain exit aborts

@@ -1,13 +1,16 @@
 """One runner process, watched: the lease is renewed here, not in the training loop.
 
 A long CUDA step must not lose the lease, and a dead runner must not keep it. The runner
-leads a process group of its own, which never outlives the claim: it is killed when the
-claim is lost, when the job is cancelled, at its deadline, and when the worker shuts down.
+leads a process group of its own, which never outlives the claim: it is ended when the claim is
+lost, when the job is to be cancelled or paused, at its deadline, when it has shown no sign of
+life for too long, and when the worker shuts down. All but a lost claim and a stuck runner leave
+it a grace in which to save what it has.
 """
 
 import logging
 import math
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -15,12 +18,18 @@ import time
 from typing import Literal
 
 from recoup_jobs.claims import Claim
+from recoup_jobs.errors import StaleClaim
+from recoup_jobs.failures import OUT_OF_MEMORY
 from recoup_jobs.ledger import Ledger
-from recoup_jobs.processes import kill_group, stop_group
+from recoup_jobs.processes import kill_group
 from recoup_jobs.settings import Settings
+from recoup_worker import exits
+from recoup_worker.lease import Lease
+from recoup_worker.memory import oom_kills
 
-POLL_SECONDS, MOST_RENEW_SECONDS = 0.2, 2.0
-Ending = Literal["lost", "cancel", "released", "deadline", "exited"]
+POLL_SECONDS = 0.2
+Ending = Literal["lost", "asked", "released", "deadline", "stalled", "exited"]
+WITH_GRACE: frozenset[Ending] = frozenset({"asked", "released", "deadline"})
 RUNNER_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 NOT_FOR_RUNNERS = frozenset({"RECOUP_API_KEY"})
 
@@ -29,11 +38,20 @@ log = logging.getLogger(__name__)
 
 def supervise(claim: Claim, ledger: Ledger, settings: Settings, stopping: threading.Event) -> None:
     """Runs the claimed job to its end, or to the end of this worker's right to it."""
-    runner = start_runner(claim, settings)
+    lease, kills = Lease(ledger, claim, settings.lease_seconds), oom_kills()
+    with start_runner(claim, settings) as runner:
+        try:
+            ending = _watch(runner, lease, claim, settings, stopping)
+            if ending in WITH_GRACE:
+                _stop(runner, lease, settings.grace_seconds)
+        finally:
+            kill_group(runner)
+    log.info("%s: the runner of epoch %d is gone: %s", claim.job_id, claim.epoch, ending)
+    memory_ran_out = runner.returncode == -signal.SIGKILL and oom_kills() > kills
     try:
-        _watch(runner, claim, ledger, settings, stopping)
-    finally:
-        kill_group(runner)
+        _conclude(ending, runner.returncode, memory_ran_out, claim, ledger, lease)
+    except StaleClaim:
+        log.info("%s: no longer held at epoch %d", claim.job_id, claim.epoch)
 
 
 def start_runner(claim: Claim, settings: Settings) -> subprocess.Popen[bytes]:
@@ -53,50 +71,57 @@ def start_runner(claim: Claim, settings: Settings) -> subprocess.Popen[bytes]:
 
 def _watch(
     runner: subprocess.Popen[bytes],
+    lease: Lease,
     claim: Claim,
-    ledger: Ledger,
     settings: Settings,
     stopping: threading.Event,
-) -> None:
-    """Renews the lease until the runner ends or is to be ended; then tells the ledger which it was."""
-    renew_at, deadline = 0.0, _deadline(claim)
-    ending: Ending | None = None
-    while runner.poll() is None and ending is None:
-        now = time.monotonic()
-        if now >= renew_at:
-            held = ledger.renew(claim, settings.lease_seconds)
-            ending = None if held == "held" else held
-            renew_at = now + min(settings.lease_seconds / 3, MOST_RENEW_SECONDS)
+) -> Ending:
+    """Renews the lease until the runner ends or is to be ended; answers which it was."""
+    deadline = time.monotonic() + _seconds_left(claim)
+    while runner.poll() is None:
+        heard = lease.look()
+        if heard == "lost":
+            return "lost"
+        if heard != "held":
+            return "asked"
         if stopping.is_set():
-            ending = "released"
-        if now >= deadline:
-            ending = "deadline"
+            return "released"
+        if time.monotonic() >= deadline:
+            return "deadline"
+        if lease.quiet_seconds > settings.stall_seconds:
+            return "stalled"
         stopping.wait(POLL_SECONDS)
-    if ending == "lost":
-        log.warning("%s: the claim of epoch %d is lost", claim.job_id, claim.epoch)
-        return
-    if ending:
-        stop_group(runner, settings.grace_seconds)
-    if runner.returncode != 0:
-        _conclude(ending or "exited", runner.returncode, claim, ledger)
+    return "exited"
 
 
-def _conclude(ending: Ending, code: int, claim: Claim, ledger: Ledger) -> None:
-    """What the ledger is told when a runner did not end by itself and well."""
-    if ending == "cancel":
-        ledger.cancelled(claim)
-    elif ending == "released":
+def _seconds_left(claim: Claim) -> float:
+    limit = claim.request.limits.wall_seconds
+    return math.inf if limit is None else limit - claim.spent_seconds
+
+
+def _stop(runner: subprocess.Popen[bytes], lease: Lease, grace_seconds: float) -> None:
+    """SIGTERM, and a grace in which the lease is still held, so that what is saved can be committed."""
+    runner.terminate()
+    until = time.monotonic() + grace_seconds
+    while runner.poll() is None and time.monotonic() < until and lease.look() != "lost":
+        time.sleep(POLL_SECONDS)
+
+
+def _conclude(
+    ending: Ending, code: int, memory_ran_out: bool, claim: Claim, ledger: Ledger, lease: Lease
+) -> None:
+    """What the ledger is told of a runner's end; it refuses if the runner has told it already."""
+    if ending in {"asked", "released"}:
         ledger.release(claim)
     elif ending == "deadline":
         limit = claim.request.limits.wall_seconds
         ledger.fail(claim, "deadline_exceeded", f"limits.wall_seconds is {limit}; time is up.", retry=False)
-    elif code < 0:
+    elif ending == "stalled":
+        ledger.lose(claim, "runner_stalled")
+    elif memory_ran_out:
+        ledger.fail(claim, OUT_OF_MEMORY, "The kernel killed the runner: memory ran out.", retry=True)
+    elif code < 0 or code == exits.STOPPED or lease.was_away:
         ledger.lose(claim)
-    else:
+    elif ending == "exited":
         message = f"The runner ended with code {code} before it could say why; its runner.log does."
         ledger.fail(claim, "runner_crashed", message, retry=True)
-
-
-def _deadline(claim: Claim) -> float:
-    limit = claim.request.limits.wall_seconds
-    return math.inf if limit is None else time.monotonic() + limit

@@ -5,6 +5,7 @@ Answers have no defaults, are frozen, and keep fields that a newer server adds.
 """
 
 from recoup.schemas.dataset import ChatRow, Message, Prompt, PromptRow, TextRow
+from recoup.schemas.diagnosis import CreateDiagnosis, Diagnosis, DiagnosisReport, ExamSpec, PositionsSpec
 from recoup.schemas.plan import CostEstimate, DryRun
 from recoup.schemas.recovery import (
     TERMINAL_STATES,
@@ -25,6 +26,7 @@ from recoup.schemas.recovery import (
 )
 from recoup.schemas.report import (
     Alignment,
+    AlignmentPoint,
     AlignmentState,
     Baseline,
     Checkpoint,
@@ -32,9 +34,12 @@ from recoup.schemas.report import (
     Cost,
     DamageReport,
     Estimate,
+    LayerDistance,
     Measure,
+    OutputForm,
     PhaseReport,
     Provenance,
+    RankCorrelation,
     Report,
     RewriteCounts,
     Sample,
@@ -42,6 +47,7 @@ from recoup.schemas.report import (
     Stopped,
     TrainingPoint,
     TrainingReport,
+    Trajectory,
     TriedRepair,
 )
 from recoup.schemas.request import (
@@ -70,6 +76,7 @@ from recoup.schemas.request import (
 __all__ = [
     "TERMINAL_STATES",
     "Alignment",
+    "AlignmentPoint",
     "AlignmentSpec",
     "AlignmentState",
     "Artifact",
@@ -82,20 +89,25 @@ __all__ = [
     "Choice",
     "Cost",
     "CostEstimate",
+    "CreateDiagnosis",
     "CreateRecovery",
     "Damage",
     "DamageReport",
     "DeletedFile",
+    "Diagnosis",
+    "DiagnosisReport",
     "DivergenceName",
     "DryRun",
     "Estimate",
     "EvaluationSpec",
     "Event",
+    "ExamSpec",
     "File",
     "FilePrompts",
     "Gate",
     "GenerationSpec",
     "JobError",
+    "LayerDistance",
     "Limits",
     "LoraSpec",
     "Match",
@@ -105,15 +117,18 @@ __all__ = [
     "MethodSpec",
     "ModelRef",
     "Outcome",
+    "OutputForm",
     "OutputSpec",
     "Page",
     "PhaseReport",
+    "PositionsSpec",
     "Problem",
     "ProblemItem",
     "Progress",
     "Prompt",
     "PromptRow",
     "Provenance",
+    "RankCorrelation",
     "Recovery",
     "Report",
     "RewriteCounts",
@@ -128,5 +143,6 @@ __all__ = [
     "TrainingPoint",
     "TrainingReport",
     "TrainingSpec",
+    "Trajectory",
     "TriedRepair",
 ]

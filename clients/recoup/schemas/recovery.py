@@ -48,8 +48,16 @@ class Recovery(Output):
     error: JobError | None
     progress: Progress | None
     request: CreateRecovery
+    pausing: bool
+    """It was asked to pause, and its worker has not yet let go of it."""
+    retry_of: str | None
+    """The recovery that this one repeats, whose committed stages it takes over."""
     epoch: int
     """How often a worker took this job up."""
+    failures: int
+    """How often it ended in an error of its own."""
+    losses: int
+    """How often its worker or runner vanished, which is no fault of its own."""
     version: int
     """Grows with every change; the ETag."""
     created_at: float

@@ -100,6 +100,47 @@ class Checkpoint(Output):
     chosen: bool
 
 
+class AlignmentPoint(Output):
+    """The student on validation prompts at one step of its training."""
+
+    step: int
+    """0 is where training started."""
+    validation_kl: float | None
+    """Mean token KL(teacher‖student), nats; null if not finite."""
+    mean: float | None
+    """CKA with the teacher, the mean over corresponding layers; null where undefined, as is `last`."""
+    last: float | None
+    """CKA of the last layer."""
+
+
+class RankCorrelation(Output):
+    """Of alignment with recovery (that is, with less KL to the teacher) over the points of a training.
+
+    Points of one training follow one another and are not independent, so the intervals, which suppose
+    that they are, are too narrow if anything.
+    """
+
+    alignment: Literal["mean", "last"]
+    n: int
+    """Points at which both are finite."""
+    spearman: Estimate | None
+    """Spearman's ρ; no interval below five points; null below three, or where nothing changed."""
+    kendall: Estimate | None
+    """Kendall's τ_b, likewise."""
+
+
+class Trajectory(Output):
+    """Alignment during training, at validation and after every `alignment.every_steps` steps."""
+
+    positions: int
+    sequences: int
+    dropped_outliers: int
+    """Positions with a massive activation in any layer of the teacher or of the student at the start."""
+    positions_sha256: str
+    points: list[AlignmentPoint]
+    correlations: list[RankCorrelation]
+
+
 Stopped = Literal["steps", "gap_closed", "regression", "plateau", "diverged"]
 
 
@@ -157,6 +198,8 @@ class TrainingReport(Output):
     rewrites: RewriteCounts | None
     curve: list[TrainingPoint]
     checkpoints: list[Checkpoint]
+    trajectory: Trajectory | None
+    """Null where the request has no `alignment.every_steps`."""
 
 
 class TriedRepair(Output):
@@ -191,6 +234,32 @@ class Baseline(Output):
     """Recovered fraction of the trained student minus that of the repair, over the same sequences."""
 
 
+class OutputForm(Output):
+    """A form in which a packed student's recovery can be handed over, measured on test."""
+
+    form: Literal["adapter", "merged", "requantized"]
+    kl: float | None
+    """Mean token KL to the teacher, nats."""
+    recovered: Estimate | None
+    """Recovered fraction of the KL gap."""
+    bytes: int
+    """Of its weight files; an adapter's with those of the student that it needs."""
+    handed_over: bool
+    """Whether it is the one that the verdict is on."""
+
+
+class LayerDistance(Output):
+    """A student's layer and its teacher's, in the basis that the two share; null where widths differ."""
+
+    relative_l2: float | None
+    """√(Σ‖s - t‖² / Σ‖t‖²) over the positions that count."""
+    cosine: float | None
+    """Mean cosine of a position's two states."""
+    student_norm: float | None
+    """Mean norm."""
+    teacher_norm: float | None
+
+
 class AlignmentState(Output):
     """CKA of a student's layers with the teacher's, at one moment."""
 
@@ -198,6 +267,10 @@ class AlignmentState(Output):
     """[student layer][teacher layer], embeddings first; null where the estimator is undefined."""
     diagonal: list[Estimate | None]
     """Corresponding layers, with jackknife intervals over groups of sequences; null where undefined."""
+    with_outliers: list[float | None]
+    """Of corresponding layers: what CKA would be if no position had been dropped."""
+    distances: list[LayerDistance]
+    """Of corresponding layers."""
 
 
 class Alignment(Output):
@@ -276,6 +349,8 @@ class Report(Output):
     """Training-free repairs that were tried, best first."""
     baseline: Baseline | None
     """Null where no repair applies, where none was asked for, or where a repair is the method."""
+    forms: list[OutputForm]
+    """What each form of a packed student's recovery costs; empty for other students."""
     alignment: Alignment
     samples: list[Sample]
     cost: Cost

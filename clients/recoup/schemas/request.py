@@ -29,6 +29,7 @@ Source = Annotated[
 FileId = Annotated[str, StringConstraints(pattern=r"^file-[0-9a-f]{24}$")]
 MetadataKey = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[^\x00]*$")]
 MetadataValue = Annotated[str, StringConstraints(max_length=512, pattern=r"^[^\x00]*$")]
+LayerIndex = Annotated[int, Field(ge=0, le=9999)]
 LayerName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.\-]{1,64}$")]
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._\-]{0,63}$")]
 TaskName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_\-]{1,32}$")]
@@ -202,11 +203,21 @@ class EvaluationSpec(Input):
 class AlignmentSpec(Input):
     positions: Annotated[int, Field(ge=256, le=32_768)] = 4096
     """At most so many token positions enter CKA; its time grows with their square."""
+    every_steps: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    """Measure it on validation prompts during training, too: at each validation, and after every so many
+    steps. That changes nothing about the training."""
+    weight: Annotated[float, Field(ge=0.0, le=1000.0)] = 0.0
+    """Of 1 - CKA in the training loss; above 0 the teacher stands beside the student and is run along."""
+    hidden_weight: Annotated[float, Field(ge=0.0, le=1000.0)] = 0.0
+    """Of the relative squared distance of hidden states in the training loss, likewise."""
+    layers: Literal["all"] | Annotated[list[LayerIndex], Field(min_length=1, max_length=1000)] = "all"
+    """Which of the student's decoder blocks, from 0, the two weights act on."""
 
 
 class OutputSpec(Input):
-    kind: Literal["auto", "adapter", "merged"] = "auto"
-    """`adapter`: a PEFT folder for the student; `merged`: a whole model."""
+    kind: Literal["auto", "adapter", "merged", "requantized"] = "auto"
+    """`adapter`: a PEFT folder for the student; `merged`: a whole model, of plain numbers; `requantized`: a
+    whole model, packed as the student was. A packed student's report says what each of them costs."""
     name: Name | None = None
 
 

