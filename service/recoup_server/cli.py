@@ -1,4 +1,4 @@
-"""`recoup-server`: up | api | worker | teacher | keys | demo | align. Each imports what it starts only then."""
+"""`recoup-server`: up | api | worker | teacher | keys | demo | align. What each starts is imported then."""
 
 import signal
 import sys

@@ -52,7 +52,7 @@ def test_the_history_of_a_recovery_has_no_gap_and_commits_each_stage_once(
 ) -> None:
     id = submit()
     client.recoveries.wait(id, timeout=120)
-    events = list(client.recoveries.events(id))
+    events = list(client.recoveries.history(id))
     assert [event.seq for event in events] == list(range(1, len(events) + 1))
     committed = [e.data["stage"] for e in events if e.type == "stage" and e.data["status"] == "committed"]
     assert committed == ["preflight", "diagnose", "generate", "distil", "evaluate", "package"]
@@ -62,7 +62,7 @@ def test_a_teacher_against_itself_needs_no_recovery(client: Client, submit: Subm
     id = submit("teacher")
     assert client.recoveries.wait(id, timeout=120).outcome == "not_needed"
     assert client.recoveries.report(id).training is None
-    stages = {event.data.get("stage") for event in client.recoveries.events(id)}
+    stages = {event.data.get("stage") for event in client.recoveries.history(id)}
     assert "distil" not in stages
 
 
@@ -75,7 +75,7 @@ def test_a_killed_runner_is_followed_by_another_that_skips_what_is_committed(
             break
     os.kill(_runner_of(id).pid, signal.SIGKILL)
     assert client.recoveries.wait(id, timeout=180).state == "succeeded"
-    events = list(client.recoveries.events(id))
+    events = list(client.recoveries.history(id))
     committed = [e.data["stage"] for e in events if e.type == "stage" and e.data["status"] == "committed"]
     assert committed.count("generate") == 1 and committed.count("distil") == 1
     assert [event.epoch for event in events] == sorted(event.epoch for event in events)
