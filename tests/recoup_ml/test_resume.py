@@ -40,6 +40,7 @@ TRAINABLE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "masked full": ("pruned", {"mode": "full"}, {}),
     "masked lora": ("pruned", LORA, {"output": {"kind": "merged"}}),
     "repaired": ("rounded", LORA | {"start": "repair"}, {}),
+    "watched": ("forgetful", LORA, {"alignment": {"positions": 256, "every_steps": 1, "weight": 0.1}}),
     "hopeless": ("forgetful", LORA | {"learning_rate": 1e-9, "stop_early": True}, {}),
 }
 
@@ -152,7 +153,7 @@ def test_five_kills_change_no_bit(
 
 @pytest.mark.parametrize(
     "trains",
-    ["masked full", *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_TRAINABLE)],
+    ["masked full", "watched", *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_TRAINABLE)],
 )
 def test_whatever_trains_goes_on_where_it_was(
     trains: str, prepare: Callable[..., Prepared], open_journal: type, tmp_path: Path
