@@ -23,7 +23,7 @@ TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/nu
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,9p' Makefile
+	@sed -n '1,7p' Makefile
 
 demo: $(VENV)/.demo
 	@echo "== demo: damage ($(DAMAGE)), recover, verdict =="
