@@ -87,6 +87,7 @@ def trained(plan: Plan, mode: str, keep: int = 0, started_from: str = "student",
         rewrites=None,
         curve=[],
         checkpoints=[Checkpoint(step=plan.steps, validation_kl=0.1, chosen=True)],
+        trajectory=None,
     )
     report = Report.model_validate(SAMPLES["recovered"] | {"training": training.model_dump()})
     return report.model_copy(update=changes)
