@@ -35,7 +35,7 @@ demo-vllm: $(VENV)/.demo $(VLLM_VENV)/.made
 
 test: $(VENV)/.test
 	@echo "== tests =="
-	$(BIN)/python -m pytest -m "not slow and not gpu" -n $(TESTERS) --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n $(TESTERS) --dist worksteal
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

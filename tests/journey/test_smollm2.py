@@ -33,10 +33,11 @@ def healthy(settings: Settings) -> Path:
     return folder
 
 
+@pytest.mark.timeout(1500)
 def test_a_model_that_forgot_gets_its_ability_back(client: Client, healthy: Path, tmp_path: Path) -> None:
     injure.finetune(healthy, healthy.with_name("forgetful"), steps=8)
     id = client.recoveries.create(student="forgetful", teacher="smollm2", **REQUEST).id
-    ended = client.recoveries.wait(id, timeout=500)
+    ended = client.recoveries.wait(id, timeout=1400)
     report = client.recoveries.report(id)
     assert (ended.outcome, report.promoted) == ("recovered", True), report.reason
     kl, agreement = report.measures[0], report.measures[2]

@@ -39,8 +39,8 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     "qwen3": lambda: Qwen3Config(**SHAPE, **ENDS, head_dim=8, tie_word_embeddings=True),
     "gemma3": lambda: Gemma3TextConfig(**SHAPE, **ENDS, head_dim=8, sliding_window=8),
     "mixtral": lambda: MixtralConfig(**SHAPE, **ENDS, num_local_experts=4),
-    "granite": lambda: GraniteConfig(**SHAPE, **ENDS, logits_scaling=8.0),
-    "cohere": lambda: CohereConfig(**SHAPE, **ENDS, logit_scale=0.25),
+    "granite": lambda: GraniteConfig(**SHAPE, **ENDS, logits_scaling=0.5),
+    "cohere": lambda: CohereConfig(**SHAPE, **ENDS, logit_scale=2.0),
     "gpt2": lambda: GPT2Config(vocab_size=128, n_embd=32, n_layer=3, n_head=4, initializer_range=0.1, **ENDS),
     "opt": lambda: OPTConfig(
         vocab_size=128,

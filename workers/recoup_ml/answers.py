@@ -58,7 +58,7 @@ def generate(run: Run, journal: Journal, done: Done, folder: Path) -> None:
     unfinished = folder / durable.UNFINISHED
     teacher = _teacher(run, tokenizer, KeptBatches(unfinished / "teacher"))
     answers = _answer(teacher, train, limit, folder / "train", counter)
-    if tokenizer.chat_template is not None:  # without one it continues texts, which need no end
+    if run.vllm_urls and tokenizer.chat_template is not None:  # without one it continues texts
         require_an_end(answers, limit)
     _answer(teacher, validation, limit, folder / "validation", counter)
     if rewritten:

@@ -76,8 +76,6 @@ def run_claimed(claim: Claim, ledger: Ledger, settings: Settings, stopping: thre
 
 
 def _recover(claim: Claim, ledger: Ledger, settings: Settings, stopping: threading.Event) -> None:
-    from recoup_ml import recipe
-
     journal = LedgerJournal(ledger, claim, settings, stopping)
 
     def check(_folder: Path) -> None:
@@ -86,10 +84,14 @@ def _recover(claim: Claim, ledger: Ledger, settings: Settings, stopping: threadi
     journal.stage("preflight", check)
     run = _run(claim, ledger, settings)
     if kind_of(claim.job_id) == "diagnosis":
-        recipe.examine(run, journal)
+        from recoup_ml.recipe import examine
+
+        examine(run, journal)
         ledger.succeed(claim, None)
     else:
-        ledger.succeed(claim, recipe.recover(run, journal))
+        from recoup_ml.recipe import recover
+
+        ledger.succeed(claim, recover(run, journal))
     _clear_work(settings.stage_folder(ledger.committed(claim.job_id)["package"]), settings, claim)
 
 
