@@ -201,7 +201,8 @@ def _rewrite(
     short = encode(asked, tokenizer, run.request.training.max_length)
     limit = ROOM * run.request.generation.max_new_tokens
     answers = teacher.engine.answer(short, limit, counter.part(len(prompts)))
-    require_an_end(answers, limit)
+    if run.vllm_urls:
+        require_an_end(answers, limit)
     given = {answer.prompt_ids: answer for answer in answers}
     asked_ids = {id(item.prompt): item.ids for item in short}
     rows, origins = [], []
