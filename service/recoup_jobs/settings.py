@@ -6,6 +6,7 @@ arguments. A child process reads the same values from `environment()`.
 
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, fi
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 PREFIX = "RECOUP_"
+BUCKET = r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9_-][A-Za-z0-9._-]*)*/?$"
 
 Seconds = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -46,6 +48,10 @@ class Settings(BaseSettings):
     """The ledger, SQLite or PostgreSQL; default: `ledger.db` below `home`."""
     broker_url: Annotated[str | None, Field(repr=False)] = None
     """Redis or Valkey; without it nobody publishes hints."""
+    artifacts_url: Annotated[str | None, Field(pattern=BUCKET)] = None
+    """Where what recoveries publish is kept: `s3://bucket/prefix`; default: `artifacts` below `home`."""
+    artifacts_endpoint: Annotated[str | None, Field(pattern=r"^https?://[^\s/@]+/?$")] = None
+    """The server of that bucket, if it is not Amazon's: `https://host:port`."""
     vllm_urls: Annotated[list[str], NoDecode] = []
     """Servers of the same teacher, comma separated."""
     vllm_python: Path | None = None
@@ -96,6 +102,13 @@ class Settings(BaseSettings):
     @classmethod
     def _ledger_at_home(cls, url: str | None, info: ValidationInfo) -> str | None:
         return url or f"sqlite:///{info.data['home'] / 'ledger.db'}"
+
+    @field_validator("artifacts_url")
+    @classmethod
+    def _has_client(cls, url: str | None) -> str | None:
+        if url and find_spec("obstore") is None:
+            raise ValueError("an S3 store needs the package obstore: pip install 'recoup-server[s3]'")
+        return url
 
     @field_validator("model_roots")
     @classmethod

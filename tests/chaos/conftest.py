@@ -27,10 +27,12 @@ from sqlalchemy.exc import OperationalError
 
 from recoup.schemas import CreateRecovery, ModelRef
 from recoup.schemas.recovery import TERMINAL_STATES
-from recoup_jobs.artifacts import ARTIFACTS, read_manifest
+from recoup_jobs.artifacts import open_artifact, open_published
 from recoup_jobs.dispatch import celery_app, celery_publisher
+from recoup_jobs.errors import CorruptArtifact
 from recoup_jobs.ledger import open_ledger
 from recoup_jobs.settings import Settings
+from recoup_jobs.stores import open_store
 from recoup_jobs.sweeper import Sweeper
 
 LIGHT = Path(__file__).with_name("light")
@@ -160,7 +162,7 @@ def _violations_of(installation, id):
     events = ledger.events(id, 0, 1000).data
     states = [event.data["state"] for event in events if event.type == "state"]
     stages = Counter(e.data["stage"] for e in events if e.type == "stage" and e.data["status"] == "committed")
-    folder = installation.settings.jobs_dir / id
+    artifacts = installation.settings.home / "artifacts" / id
     checks = {
         f"is not at its end but {job.state}": job.state in TERMINAL_STATES,
         "events have gaps or twins": [event.seq for event in events] == list(range(1, len(events) + 1)),
@@ -170,13 +172,22 @@ def _violations_of(installation, id):
         f"a stage was committed more than once: {stages}": all(number == 1 for number in stages.values()),
         "history and table of stages differ": set(stages) == set(ledger.committed(id)),
         "a runner is left": not running("recoup_worker.runner", id),
-        "a half publication is left": not [*folder.glob("e*/package/.*")] or job.state != "succeeded",
+        "a draft is left in the artifact store": not [*artifacts.rglob(".*")] or job.state != "succeeded",
     }
     if job.state == "succeeded":
-        package = installation.settings.stage_folder(ledger.committed(id)["package"])
         checks["a stage is missing"] = len(stages) == 6
-        checks["the manifest is missing"] = bool(read_manifest(package / ARTIFACTS))
+        checks["an artifact is missing or spoilt"] = _sound(installation.settings, ledger.committed(id))
     return [wrong for wrong, well in checks.items() if not well]
+
+
+def _sound(settings, committed):
+    """Whether something was published, and all of it is what the manifest says."""
+    published = open_published(open_store(settings), committed["package"])
+    try:
+        contents = [open_artifact(published, file.path).read_bytes() for file in published.artifacts]
+    except CorruptArtifact:
+        return False
+    return contents != []
 
 
 @pytest.fixture
