@@ -79,7 +79,10 @@ def wait_for_bucket(url, server, log):
 
 @pytest.fixture
 def database(request):
-    """None, which is SQLite, or the URL of a PostgreSQL schema that this test has for itself."""
+    """None, which is SQLite, or the URL of a PostgreSQL schema that this test has for itself.
+
+    Connections carry the schema's name, so that a test can cut its own and no others.
+    """
     if getattr(request, "param", "sqlite") == "sqlite":
         yield None
         return
@@ -90,7 +93,7 @@ def database(request):
             conn.execute(text(f"CREATE SCHEMA {schema}"))
     except OperationalError as error:
         pytest.skip(f"no PostgreSQL answers at {POSTGRESQL}: {error}")
-    yield f"{POSTGRESQL}?options=-csearch_path%3D{schema}"
+    yield f"{POSTGRESQL}?options=-csearch_path%3D{schema}&application_name={schema}"
     with server.begin() as conn:
         conn.execute(text(f"DROP SCHEMA {schema} CASCADE"))
     server.dispose()

@@ -66,7 +66,7 @@ class Sweeper:
             try:
                 if self._leads(time.monotonic()):
                     self._sweep()
-            except (BrokerError, *AWAY) as outage:
+            except (BrokerError, OSError, *AWAY) as outage:
                 log.warning("no hint could be published, the next sweep tries again: %s", outage)
         with contextlib.suppress(*AWAY):
             self._ledger.resign(ROLE, self._name)

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import uuid
 from collections import Counter
 from pathlib import Path
 
@@ -22,8 +21,6 @@ import psutil
 import pytest
 import redis
 from safetensors.numpy import save_file
-from sqlalchemy import create_engine, text
-from sqlalchemy.exc import OperationalError
 
 from recoup.schemas import CreateRecovery, ModelRef
 from recoup.schemas.recovery import TERMINAL_STATES
@@ -36,7 +33,6 @@ from recoup_jobs.stores import open_store
 from recoup_jobs.sweeper import Sweeper
 
 LIGHT = Path(__file__).with_name("light")
-POSTGRESQL = os.environ.get("RECOUP_TEST_POSTGRESQL_URL", "postgresql+psycopg://postgres@127.0.0.1:5432/test")
 LEASE = 3.0
 ASKED = CreateRecovery(student=ModelRef(source="student"), teacher=ModelRef(source="teacher"))
 
@@ -210,25 +206,6 @@ def processes():
 @pytest.fixture
 def violations():
     return violations_in
-
-
-@pytest.fixture
-def database(request):
-    """None, which is SQLite, or a PostgreSQL schema whose connections carry its name."""
-    if getattr(request, "param", "sqlite") == "sqlite":
-        yield None
-        return
-    schema = f"recoup_{uuid.uuid4().hex[:12]}"
-    server = create_engine(POSTGRESQL, connect_args={"connect_timeout": 2})
-    try:
-        with server.begin() as conn:
-            conn.execute(text(f"CREATE SCHEMA {schema}"))
-    except OperationalError as error:
-        pytest.skip(f"no PostgreSQL answers at {POSTGRESQL}: {error}")
-    yield f"{POSTGRESQL}?options=-csearch_path%3D{schema}&application_name={schema}"
-    with server.begin() as conn:
-        conn.execute(text(f"DROP SCHEMA {schema} CASCADE"))
-    server.dispose()
 
 
 @pytest.fixture

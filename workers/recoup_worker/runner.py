@@ -7,7 +7,6 @@ unfinished one what its successor goes on from. SIGTERM asks it to stop: it make
 publishes the best checkpoint if the job is being cancelled, and exits with a code of its own (`exits.py`).
 """
 
-import os
 import shutil
 import signal
 import sys
@@ -137,7 +136,4 @@ def _clear_work(settings: Settings, claim: Claim) -> None:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # the thread that waits at standard input holds its lock, on which a plain exit aborts
+    sys.exit(main())
