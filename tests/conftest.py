@@ -27,6 +27,37 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="session")
+def write_tiny_models():
+    """Writes a random teacher of two layers and a noisy copy, below a folder as `teacher` and `student`."""
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers.models import WordLevel
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+
+    def write(root):
+        tokens = ["<pad>", "</s>", "<unk>", *(f"w{number}" for number in range(120))]
+        words = Tokenizer(WordLevel({token: at for at, token in enumerate(tokens)}, unk_token="<unk>"))
+        words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+        shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+        set_seed(0)
+        teacher = LlamaForCausalLM(
+            LlamaConfig(vocab_size=len(tokens), pad_token_id=0, eos_token_id=1, **shape, **heads)
+        )
+        for weight in teacher.parameters():
+            weight.data.mul_(4.0)
+        teacher.save_pretrained(root / "teacher")
+        for weight in teacher.parameters():
+            weight.data.add_(weight.data.std() * 0.4 * weight.data.new_empty(weight.shape).normal_())
+        teacher.save_pretrained(root / "student")
+        for name in ("teacher", "student"):
+            PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(root / name)
+        return root
+
+    return write
+
+
+@pytest.fixture(scope="session")
 def s3_server(tmp_path_factory):
     """The URL of a SeaweedFS of our own, which speaks S3 and checks signatures and checksums."""
     weed = shutil.which("weed")

@@ -1,9 +1,11 @@
 """An installation that is made to be broken: real broker, workers, supervisors, runners and commits.
 
-Only the science is light (`light/recoup_ml`). Leases are short, so that a fault takes seconds; the
-watchdog must still bear the start of a runner on a machine that is busy with other things.
+The science is light (`light/recoup_ml`), unless a test asks for the real one, on tiny models. Leases are
+short, so that a fault takes seconds; the watchdog must still bear the start of a runner on a machine that is
+busy with other things.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -14,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
@@ -32,9 +35,48 @@ from recoup_jobs.settings import Settings
 from recoup_jobs.stores import open_store
 from recoup_jobs.sweeper import Sweeper
 
-LIGHT = Path(__file__).with_name("light")
+HERE = Path(__file__).parent
 LEASE = 3.0
-ASKED = CreateRecovery(student=ModelRef(source="student"), teacher=ModelRef(source="teacher"))
+STAGES = 6
+MODELS = {"student": ModelRef(source="student"), "teacher": ModelRef(source="teacher")}
+
+
+@dataclass(frozen=True)
+class Science:
+    """What runners do, and how long that takes."""
+
+    path: tuple[Path, ...]
+    """Folders whose modules come before the real ones."""
+    asked: CreateRecovery
+    jobs: int
+    pause_seconds: float
+    """At most, between two faults."""
+    end_seconds: float
+    stall_seconds: float
+
+
+LIGHT = Science((HERE / "light",), CreateRecovery(**MODELS), 4, 1.0, 240.0, 20.0)
+REAL = Science(
+    path=(),
+    asked=CreateRecovery.model_validate(
+        MODELS
+        | {
+            "generation": {"max_new_tokens": 8},
+            "training": {"steps": 24, "batch_size": 4, "learning_rate": 0.01, "stop_early": False},
+            "evaluation": {
+                "test_sequences": 16,
+                "validation_sequences": 8,
+                "baselines": False,
+                "gate": {"max_regression": 1.0},
+            },
+            "alignment": {"positions": 256},
+        }
+    ),
+    jobs=2,
+    pause_seconds=12.0,
+    end_seconds=900.0,
+    stall_seconds=90.0,
+)
 
 
 def wait_until(true, seconds=60.0, what="it"):
@@ -86,8 +128,8 @@ class Broker:
 class Installation:
     """Sweeper in this process, workers in their own; `stop` ends all that is left."""
 
-    def __init__(self, settings, broker):
-        self.settings, self.broker = settings, broker
+    def __init__(self, settings, broker, science):
+        self.settings, self.broker, self.science = settings, broker, science
         self.ledger = open_ledger(settings)
         self.publish = celery_publisher(celery_app(broker.url))
         self.sweeper = Sweeper(self.ledger, self.publish, settings)
@@ -97,8 +139,9 @@ class Installation:
 
     def start_worker(self, **environment):
         inherited = os.environ | self.settings.environment() | environment
-        path = os.pathsep.join([str(LIGHT), *filter(None, sys.path)])
-        inherited |= {"RECOUP_BROKER_URL": self.broker.url, "PYTHONPATH": path}
+        path = [*map(str, (HERE / "crashing", *self.science.path)), *filter(None, sys.path)]
+        inherited |= {"RECOUP_BROKER_URL": self.broker.url, "PYTHONPATH": os.pathsep.join(path)}
+        inherited |= {"OMP_NUM_THREADS": "1"}
         with (self.settings.home / "worker.log").open("ab") as log:
             worker = subprocess.Popen(
                 [sys.executable, "-m", "recoup_server", "worker"],
@@ -111,7 +154,7 @@ class Installation:
         return worker
 
     def submit(self, **changes):
-        job = self.ledger.create(ASKED.model_copy(update=changes), self.settings.queue)
+        job = self.ledger.create(self.science.asked.model_copy(update=changes), self.settings.queue)
         self.jobs.append(job.id)
         return job.id
 
@@ -128,9 +171,9 @@ class Installation:
     def events(self, id, type):
         return [event for event in self.ledger.events(id, 0, 1000).data if event.type == type]
 
-    def wait_for_end(self, ids=None, seconds=240.0):
-        ids = self.jobs if ids is None else ids
-        wait_until(lambda: all(self.state(id) in TERMINAL_STATES for id in ids), seconds, f"{ids} to end")
+    def wait_for_end(self, seconds=None):
+        seconds = seconds or self.science.end_seconds
+        wait_until(lambda: all(self.state(id) in TERMINAL_STATES for id in self.jobs), seconds, "the end")
 
     def stop(self):
         for worker in self.workers:
@@ -168,12 +211,31 @@ def _violations_of(installation, id):
         f"a stage was committed more than once: {stages}": all(number == 1 for number in stages.values()),
         "history and table of stages differ": set(stages) == set(ledger.committed(id)),
         "a runner is left": not running("recoup_worker.runner", id),
-        "a draft is left in the artifact store": not [*artifacts.rglob(".*")] or job.state != "succeeded",
     }
     if job.state == "succeeded":
-        checks["a stage is missing"] = len(stages) == 6
+        kept = {path.name for path in (installation.settings.jobs_dir / id).iterdir()}
+        checks["a draft is left in the artifact store"] = not [*artifacts.rglob(".*")]
+        checks[f"working files are left: {kept}"] = kept == {"runner.log"}
+        checks["a stage is missing"] = len(stages) == STAGES
         checks["an artifact is missing or spoilt"] = _sound(installation.settings, ledger.committed(id))
     return [wrong for wrong, well in checks.items() if not well]
+
+
+def left_over(home):
+    """Processes that still belong to the installation of this home; they may take a moment to go."""
+    deadline = time.monotonic() + 10
+    while (found := _of_home(home)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return found
+
+
+def _of_home(home):
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        with contextlib.suppress(psutil.Error):
+            if process.pid != os.getpid() and process.environ().get("RECOUP_HOME") == str(home):
+                found.append(process.info["cmdline"])
+    return found
 
 
 def _sound(settings, committed):
@@ -187,14 +249,20 @@ def _sound(settings, committed):
 
 
 @pytest.fixture
-def light():
-    """The folder of what makes an installation light, and crash."""
-    return LIGHT
+def science(request):
+    """What runners do: the light science or, where a test asks for it, the real one."""
+    return {"light": LIGHT, "real": REAL}[getattr(request, "param", "light")]
 
 
 @pytest.fixture
-def asked():
-    return ASKED
+def light():
+    """The folder of what makes an installation light."""
+    return HERE / "light"
+
+
+@pytest.fixture
+def asked(science):
+    return science.asked
 
 
 @pytest.fixture
@@ -209,18 +277,21 @@ def violations():
 
 
 @pytest.fixture
-def settings(tmp_path, database):
+def settings(request, tmp_path, database, science):
     settings = Settings(
         home=tmp_path / "home",
         database_url=database,
         lease_seconds=LEASE,
         grace_seconds=2,
-        stall_seconds=20,
+        stall_seconds=science.stall_seconds,
         sweep_seconds=0.1,
         republish_seconds=2,
         max_infrastructure_losses=50,
         max_application_failures=10,
     )
+    if science is REAL:
+        request.getfixturevalue("write_tiny_models")(settings.model_roots[0])
+        return settings
     for name in ("student", "teacher"):
         _write_model(settings.model_roots[0] / name)
     return settings
@@ -244,11 +315,12 @@ def broker():
 
 
 @pytest.fixture
-def installation(settings, broker):
-    installation = Installation(settings, broker)
+def installation(settings, broker, science):
+    installation = Installation(settings, broker, science)
     yield installation
     installation.stop()
     assert violations_in(installation) == []
+    assert left_over(settings.home) == []
     installation.ledger.close()
 
 
