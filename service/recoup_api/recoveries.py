@@ -147,12 +147,14 @@ def resume(id: str, ledger: TheLedger) -> Recovery:
     return ledger.resume(id)
 
 
-@router.post("/{id}/retry", status_code=202)
-def retry(id: str, ledger: TheLedger, response: Response) -> Recovery:
+@router.post("/{id}/retry", status_code=202, response_model=Recovery)
+def retry(id: str, request: Request, ledger: TheLedger, idempotency_key: IdempotencyKey = None) -> Response:
     """A new recovery that repeats one which failed or was cancelled."""
-    recovery = ledger.retry(id)
-    response.headers.update({"Location": f"/v1/recoveries/{recovery.id}", "ETag": etag(recovery)})
-    return recovery
+
+    def make(keep: Keep) -> Answer:
+        return _accepted(ledger.retry(id, partial(_keep_accepted, keep)))
+
+    return answer_once(request, idempotency_key, "", make)
 
 
 @router.get("/{id}/events", response_model=Page[Event])

@@ -10,7 +10,10 @@ the last part.
 
 import hashlib
 import io
+import os
 import re
+import secrets
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +21,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from recoup.schemas import Artifact
+from recoup_jobs import durable
 from recoup_jobs.errors import CorruptArtifact, NotFound
 from recoup_jobs.stores import Store
 
@@ -107,6 +111,25 @@ def open_artifact(published: Published, path: str) -> OpenArtifact:
     raise NotFound("artifact_not_found", "the manifest of this recovery names no such artifact")
 
 
+def save(published: Published, prefix: str, folder: Path) -> None:
+    """Writes what was published below `prefix/` into a new folder, for programs that want files; all checked.
+
+    The folder is there whole or not at all.
+    """
+    aside = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}")
+    durable.make_folder(aside)
+    try:
+        for artifact in published.artifacts:
+            if artifact.path.startswith(f"{prefix}/"):
+                _save(
+                    open_artifact(published, artifact.path), aside / artifact.path.removeprefix(f"{prefix}/")
+                )
+        aside.rename(folder)
+        durable.sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def collect(store: Store, job_id: str, places: Sequence[str]) -> None:
     """Removes what a job that has ended left in the store beside what the stages at `places` published."""
     names = set(store.names(job_id))
@@ -142,6 +165,15 @@ def _put(store: Store, job_id: str, path: str, source: Path) -> Artifact:
         content.seek(0)
         store.put(content_name(job_id, artifact), content)
     return artifact
+
+
+def _save(opened: OpenArtifact, target: Path) -> None:
+    durable.make_folder(target.parent)
+    with target.open("xb") as bytes_out:
+        bytes_out.writelines(opened.parts())
+        bytes_out.flush()
+        os.fsync(bytes_out.fileno())
+    durable.sync_folder(target.parent)
 
 
 def _corrupt(artifact: Artifact) -> CorruptArtifact:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from recoup_jobs.artifacts import collect, content_name, open_artifact, open_published, publish
+from recoup_jobs.artifacts import collect, content_name, open_artifact, open_published, publish, save
 from recoup_jobs.errors import CorruptArtifact, NotFound
 
 PLACE = "rec_1/e1/package"
@@ -116,6 +116,24 @@ def test_a_file_that_is_gone_is_told(store, source):
     store.remove([content_name("rec_1", artifact)])
     with pytest.raises(CorruptArtifact):
         opened(store, "report.json").read_bytes()
+
+
+def test_what_was_published_below_a_prefix_becomes_a_folder(store, source, tmp_path):
+    publish(store, PLACE, {"adapter/a.json": source, "adapter/deep/b.json": source, "adapters.json": source})
+    save(open_published(store, PLACE), "adapter", tmp_path / "placed")
+    found = {
+        path.relative_to(tmp_path / "placed").as_posix() for path in (tmp_path / "placed").rglob("*.json")
+    }
+    assert found == {"a.json", "deep/b.json"}
+    assert (tmp_path / "placed" / "deep" / "b.json").read_bytes() == source.read_bytes()
+
+
+def test_a_folder_of_files_of_which_one_is_spoilt_is_not_made(store, source, tmp_path):
+    (artifact,) = publish(store, PLACE, {"adapter/a.json": source})
+    store.put(content_name("rec_1", artifact), io.BytesIO(b"spoilt"))
+    with pytest.raises(CorruptArtifact):
+        save(open_published(store, PLACE), "adapter", tmp_path / "placed" / "here")
+    assert [*(tmp_path / "placed").iterdir()] == []
 
 
 def test_what_a_job_left_beside_its_publication_is_removed(store, source, tmp_path):
