@@ -14,7 +14,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,14 +82,20 @@ class OpenArtifact:
             raise _corrupt(self.artifact) from None
 
 
-def publish(store: Store, place: str, files: Mapping[str, Path]) -> list[Artifact]:
+def publish(
+    store: Store, place: str, files: Mapping[str, Path], tell: Callable[[int], None] = lambda _: None
+) -> list[Artifact]:
     """Makes `files` (path -> source) what the stage at `place`, `<job>/e<epoch>/<stage>`, hands over.
 
-    Raises `ValueError` for a path that is not plain and for a format that is not served; then nothing is put.
+    `tell` hears how many of them are put, after each. Raises `ValueError` for a path that is not plain and for
+    a format that is not served; then nothing is put.
     """
     for path in files:
         _check_path(path)
-    published = [_put(store, _job_of(place), path, source) for path, source in sorted(files.items())]
+    published = []
+    for path, source in sorted(files.items()):
+        published.append(_put(store, _job_of(place), path, source))
+        tell(len(published))
     store.put(manifest_name(place), io.BytesIO(Manifest.dump_json(published, indent=1)))
     return published
 

@@ -18,6 +18,8 @@ BUCKET = r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9_-][A-Za-z0-9._-]*)
 
 Seconds = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+Gpu = Annotated[str, Field(pattern=r"^([0-9]{1,3}|(GPU|MIG)-[0-9A-Za-z/-]{1,100})$")]
+"""As CUDA_VISIBLE_DEVICES names it."""
 
 
 class Alias(BaseModel):
@@ -74,6 +76,8 @@ class Settings(BaseSettings):
     """Data sets of one tenant."""
     queue: Annotated[str, Field(pattern=r"^[a-z0-9.]{1,64}$")] = "gpu.cpu"
     """The class of machine that new jobs ask for."""
+    gpus: Annotated[list[Gpu], NoDecode] = []
+    """The GPUs of this host that a worker has for itself, comma separated; default: all that it sees."""
     lease_seconds: Seconds = 30
     """A worker that does not renew its claim for so long has lost it."""
     grace_seconds: Seconds = 25
@@ -86,7 +90,7 @@ class Settings(BaseSettings):
     max_application_failures: Count = 3
     max_infrastructure_losses: Count = 5
 
-    @field_validator("vllm_urls", "model_roots", mode="before")
+    @field_validator("vllm_urls", "model_roots", "gpus", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         if not isinstance(value, str):
@@ -102,6 +106,13 @@ class Settings(BaseSettings):
     @classmethod
     def _ledger_at_home(cls, url: str | None, info: ValidationInfo) -> str | None:
         return url or f"sqlite:///{info.data['home'] / 'ledger.db'}"
+
+    @field_validator("gpus")
+    @classmethod
+    def _different(cls, gpus: list[str]) -> list[str]:
+        if len(set(gpus)) < len(gpus):
+            raise ValueError(f"{', '.join(gpus)} names a GPU twice")
+        return gpus
 
     @field_validator("artifacts_url")
     @classmethod

@@ -325,13 +325,26 @@ def broker():
 
 
 @pytest.fixture
-def installation(settings, broker, science):
-    installation = Installation(settings, broker, science)
-    yield installation
-    installation.stop()
-    assert violations_in(installation) == []
-    assert left_over(settings.home) == []
-    installation.ledger.close()
+def install(broker, science):
+    """`install(settings)`: an installation, which is stopped and searched in the end."""
+    made = []
+
+    def install(settings):
+        made.append(Installation(settings, broker, science))
+        return made[-1]
+
+    yield install
+    for installation in made:
+        installation.stop()
+    for installation in made:
+        assert violations_in(installation) == []
+        assert left_over(installation.settings.home) == []
+        installation.ledger.close()
+
+
+@pytest.fixture
+def installation(install, settings):
+    return install(settings)
 
 
 @pytest.fixture

@@ -67,7 +67,8 @@ class LedgerJournal:
         self._ledger.event(self._claim, "metric", values)
 
     def publish(self, files: dict[str, Path]) -> None:
-        publish(open_store(self._settings), self._place, files)
+        store, total = open_store(self._settings), len(files)
+        publish(store, self._place, files, lambda done: self.progress(done, total, "files"))
 
     def stage_seconds(self) -> dict[str, float]:
         """Wall time between a stage's start and its commit, from the job's events."""
