@@ -64,7 +64,7 @@ $(VLLM_VENV)/.made: deploy/vllm/requirements.txt deploy/vllm/environment.sh
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(BIN)/python -m pip install --quiet -e '.[embedded,worker,quantized,postgres,demo,test]'
+	$(BIN)/python -m pip install --quiet -e '.[embedded,worker,quantized,postgres,s3,demo,test]'
 	@touch $@
 
 clean:

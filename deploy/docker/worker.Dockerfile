@@ -10,7 +10,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY clients clients
 COPY service service
 COPY workers workers
-RUN python -m venv /opt/recoup && /opt/recoup/bin/pip install --no-cache-dir '.[postgres,worker]'
+RUN python -m venv /opt/recoup && /opt/recoup/bin/pip install --no-cache-dir '.[postgres,s3,worker]'
 
 FROM python:3.12.14-slim-trixie
 # What libraries write beside Recoup's own files (caches, configuration) goes to /tmp.

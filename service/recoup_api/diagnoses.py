@@ -3,11 +3,11 @@
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
-from fastapi.responses import FileResponse
 from sqlalchemy import Connection
 
 from recoup.schemas import Alignment, CreateDiagnosis, Diagnosis, DiagnosisReport, Event, Page, Recovery
 from recoup_api.body import DiagnosisBody, documented
+from recoup_api.downloads import Download
 from recoup_api.examples import DIAGNOSIS_REQUEST
 from recoup_api.idempotency import IdempotencyKey, Keep, answer_once
 from recoup_api.recoveries import ByAccept, alignment_file, published
@@ -95,7 +95,7 @@ def events(
 
 
 @router.get("/{id}/alignment", response_model=Alignment)
-def alignment(id: str, ledger: TheLedger, settings: TheSettings, accept: ByAccept = "") -> FileResponse:
+def alignment(id: str, ledger: TheLedger, settings: TheSettings, accept: ByAccept = "") -> Download:
     """JSON; or for `Accept: text/csv`, `image/svg+xml` or `image/png` the layers as a table or a picture."""
     return alignment_file(id, ledger, settings, accept)
 
@@ -109,5 +109,5 @@ def _diagnosis(job: Recovery, ledger: Ledger, settings: Settings) -> Diagnosis:
 
 
 def _report(id: str, ledger: Ledger, settings: Settings) -> DiagnosisReport:
-    path = open_artifact(published(id, ledger, settings), "report.json")
-    return DiagnosisReport.model_validate_json(path.read_bytes())
+    opened = open_artifact(published(id, ledger, settings), "report.json")
+    return DiagnosisReport.model_validate_json(opened.read_bytes())

@@ -58,7 +58,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("post", "/v1/recoveries/{id}/pause"): _o("pauseRecovery", "Give a recovery's device back", {404, 409}),
     ("post", "/v1/recoveries/{id}/resume"): _o("resumeRecovery", "Go on with a recovery", {404, 409}),
     ("post", "/v1/recoveries/{id}/retry"): _o(
-        "retryRecovery", "Repeat a recovery that failed or was cancelled", {404, 409}
+        "retryRecovery", "Repeat a recovery that failed or was cancelled", {400, 404, 409, 422}
     ),
     ("get", "/v1/recoveries/{id}/events"): _o(
         "listRecoveryEvents", "Read or stream the history of a recovery", {404}, "text/event-stream"

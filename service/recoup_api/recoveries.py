@@ -3,7 +3,6 @@
 import json
 import re
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
@@ -25,6 +24,7 @@ from recoup.schemas import (
 from recoup.schemas.recovery import TERMINAL_STATES
 from recoup_api.body import ChangeBody, RecoveryBody, documented
 from recoup_api.cursors import seal, unseal
+from recoup_api.downloads import Download
 from recoup_api.examples import CHANGE, REQUEST
 from recoup_api.idempotency import IdempotencyKey, Keep, answer_once
 from recoup_api.watch import etag, known_etags
@@ -40,13 +40,14 @@ from recoup_api.wiring import (
     own_job,
 )
 from recoup_jobs.answers import Answer
-from recoup_jobs.artifacts import ARTIFACTS, RECIPE, open_artifact, read_manifest
+from recoup_jobs.artifacts import RECIPE, Published, open_artifact, open_published
 from recoup_jobs.errors import BadRequest, Conflict, NotFound, RangeNotSatisfiable
 from recoup_jobs.kinds import kind_of
 from recoup_jobs.ledger import Ledger
 from recoup_jobs.preflight import preflight
 from recoup_jobs.quotas import require_room_for_job
 from recoup_jobs.settings import Settings
+from recoup_jobs.stores import open_store
 from recoup_jobs.tenancy import require_own_files
 
 
@@ -146,12 +147,14 @@ def resume(id: str, ledger: TheLedger) -> Recovery:
     return ledger.resume(id)
 
 
-@router.post("/{id}/retry", status_code=202)
-def retry(id: str, ledger: TheLedger, response: Response) -> Recovery:
+@router.post("/{id}/retry", status_code=202, response_model=Recovery)
+def retry(id: str, request: Request, ledger: TheLedger, idempotency_key: IdempotencyKey = None) -> Response:
     """A new recovery that repeats one which failed or was cancelled."""
-    recovery = ledger.retry(id)
-    response.headers.update({"Location": f"/v1/recoveries/{recovery.id}", "ETag": etag(recovery)})
-    return recovery
+
+    def make(keep: Keep) -> Answer:
+        return _accepted(ledger.retry(id, partial(_keep_accepted, keep)))
+
+    return answer_once(request, idempotency_key, "", make)
 
 
 @router.get("/{id}/events", response_model=Page[Event])
@@ -174,44 +177,44 @@ async def events(
 @router.get("/{id}/report", response_model=Report)
 def report(
     id: str, ledger: TheLedger, settings: TheSettings, accept: Annotated[str, Header()] = ""
-) -> FileResponse:
+) -> Download:
     """JSON, or one self-contained page for `Accept: text/html`."""
     name = "report.html" if "text/html" in accept else "report.json"
     headers = NOT_OUR_PAGE | {"Vary": "Accept"}
-    return FileResponse(open_artifact(published(id, ledger, settings), name), headers=headers)
+    return Download(open_artifact(published(id, ledger, settings), name), headers=headers)
 
 
 @router.get("/{id}/alignment", response_model=Alignment)
-def alignment(id: str, ledger: TheLedger, settings: TheSettings, accept: ByAccept = "") -> FileResponse:
+def alignment(id: str, ledger: TheLedger, settings: TheSettings, accept: ByAccept = "") -> Download:
     """JSON; or for `Accept: text/csv`, `image/svg+xml` or `image/png` the layers as a table or a picture."""
     return alignment_file(id, ledger, settings, accept)
 
 
 @router.get("/{id}/recipe", response_class=FileResponse)
-def recipe(id: str, ledger: TheLedger, settings: TheSettings) -> FileResponse:
+def recipe(id: str, ledger: TheLedger, settings: TheSettings) -> Download:
     """A Python script that repeats the training with transformers and peft alone."""
-    folder = published(id, ledger, settings)
-    report = json.loads(open_artifact(folder, "report.json").read_bytes())
+    found = published(id, ledger, settings)
+    report = json.loads(open_artifact(found, "report.json").read_bytes())
     if report["training"] is None:
         raise NotFound("no_recipe", f"there is no training to repeat: {_why_untrained(report)}")
-    return FileResponse(open_artifact(folder, RECIPE), media_type="text/x-python", headers=NOT_OUR_PAGE)
+    return Download(open_artifact(found, RECIPE), media_type="text/x-python", headers=NOT_OUR_PAGE)
 
 
 @router.get("/{id}/artifacts")
 def artifacts(id: str, ledger: TheLedger, settings: TheSettings) -> Page[Artifact]:
-    found = read_manifest(published(id, ledger, settings))
-    return Page(object="list", data=found, has_more=False, next_cursor=None)
+    found = published(id, ledger, settings).artifacts
+    return Page(object="list", data=[*found], has_more=False, next_cursor=None)
 
 
 @router.get("/{id}/artifacts/{path:path}", response_class=FileResponse, dependencies=[Depends(_one_range)])
-def artifact(id: str, path: str, ledger: TheLedger, settings: TheSettings) -> FileResponse:
-    return FileResponse(open_artifact(published(id, ledger, settings), path), headers=NOT_OUR_PAGE)
+def artifact(id: str, path: str, ledger: TheLedger, settings: TheSettings) -> Download:
+    return Download(open_artifact(published(id, ledger, settings), path), headers=NOT_OUR_PAGE)
 
 
-def alignment_file(id: str, ledger: Ledger, settings: Settings, accept: str) -> FileResponse:
+def alignment_file(id: str, ledger: Ledger, settings: Settings, accept: str) -> Download:
     suffix = next((suffix for kind, suffix in PICTURES.items() if kind in accept), "json")
-    path = open_artifact(published(id, ledger, settings), f"alignment.{suffix}")
-    return FileResponse(path, headers=NOT_OUR_PAGE | {"Vary": "Accept"})
+    opened = open_artifact(published(id, ledger, settings), f"alignment.{suffix}")
+    return Download(opened, headers=NOT_OUR_PAGE | {"Vary": "Accept"})
 
 
 def _accepted(recovery: Recovery) -> Answer:
@@ -236,12 +239,12 @@ def _why_untrained(report: dict[str, Any]) -> str:
     return f"the method of this recovery, {method}, changes weights without training"
 
 
-def published(id: str, ledger: Ledger, settings: Settings) -> Path:
-    """The folder of a job's artifacts, once nobody writes there any more."""
+def published(id: str, ledger: Ledger, settings: Settings) -> Published:
+    """A job's artifacts, once nobody publishes any more."""
     state = ledger.get(id).state
     if state not in TERMINAL_STATES:
         raise Conflict("not_finished", f"the {kind_of(id)} is {state}; its files are there once it has ended")
-    folder = ledger.committed(id).get("package")
-    if folder is None:
+    place = ledger.committed(id).get("package")
+    if place is None:
         raise NotFound("no_artifacts", f"this {kind_of(id)} published no artifacts")
-    return settings.stage_folder(folder) / ARTIFACTS
+    return open_published(open_store(settings), place)

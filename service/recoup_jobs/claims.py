@@ -9,7 +9,7 @@ database's clock. Nothing here opens a transaction: the ledger does.
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, Select, and_, or_, select
+from sqlalchemy import ColumnElement, Connection, Row, Select, Subquery, and_, func, or_, select
 
 from recoup.schemas import CreateRecovery, State
 from recoup_jobs.errors import StaleClaim
@@ -74,12 +74,25 @@ def without_worker(job: Row[Any]) -> State:
 
 
 def _best(queues: list[str], only: str | None) -> Select[Any]:
-    """Abandoned jobs first, then by priority and arrival; rows that another worker looks at are skipped."""
-    free = select(jobs).where(jobs.c.queue.in_(queues), or_(jobs.c.state == "queued", abandoned()))
+    """Abandoned jobs first; then by priority, by how few jobs of its tenant run, and by arrival.
+
+    Rows that another worker looks at are skipped.
+    """
+    running = _running(queues)
+    free = select(jobs).join_from(jobs, running, jobs.c.tenant == running.c.tenant, isouter=True)
+    free = free.where(jobs.c.queue.in_(queues), or_(jobs.c.state == "queued", abandoned()))
     if only is not None:
         free = free.where(jobs.c.id == only)
-    in_order = free.order_by(jobs.c.state == "queued", jobs.c.priority.desc(), jobs.c.number)
-    return in_order.limit(1).with_for_update(skip_locked=True)
+    share = func.coalesce(running.c.number, 0)
+    in_order = free.order_by(jobs.c.state == "queued", jobs.c.priority.desc(), share, jobs.c.number)
+    return in_order.limit(1).with_for_update(skip_locked=True, of=jobs)
+
+
+def _running(queues: list[str]) -> Subquery:
+    """How many jobs of each tenant hold machines of these classes."""
+    held = select(jobs.c.tenant, func.count().label("number"))
+    held = held.where(jobs.c.state.in_(HELD_STATES), jobs.c.queue.in_(queues))
+    return held.group_by(jobs.c.tenant).subquery()
 
 
 def _claimed(conn: Connection, job: Row[Any], owner: str, lease_seconds: float) -> Claim:

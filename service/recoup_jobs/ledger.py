@@ -37,6 +37,8 @@ from recoup_jobs.tables import DEFAULT_TENANT, events, jobs, leaders, now, stage
 PATIENCE_SECONDS = 20.0
 """For how long a worker's write is tried while the database is away; less than a lease by default."""
 Held = Literal["held", "cancel", "pause", "lost"]
+Also = Callable[[Connection, Recovery], None]
+"""What else belongs into the transaction that makes a job."""
 
 
 def open_ledger(settings: Settings) -> "Ledger":
@@ -72,7 +74,7 @@ class Ledger:
         request: CreateRecovery,
         queue: str,
         tenant: str = DEFAULT_TENANT,
-        also: Callable[[Connection, Recovery], None] = lambda *_: None,
+        also: Also = lambda *_: None,
         kind: JobKind = "recovery",
     ) -> Recovery:
         """A queued job; what `also` writes is there with it, or neither is."""
@@ -131,12 +133,17 @@ class Ledger:
     def change(self, id: str, asked: ChangeRecovery) -> Recovery:
         return self._ask(id, lambda conn, job: verbs.change(conn, job, asked))
 
-    def retry(self, id: str) -> Recovery:
-        """A new recovery for one that failed or was cancelled; it takes over what was committed."""
+    def retry(self, id: str, also: Also = lambda *_: None) -> Recovery:
+        """A new recovery for one that failed or was cancelled; it takes over what was committed.
+
+        What `also` writes is there with it, or neither is.
+        """
         new = new_id(kind_of(id))
         with self.engine.begin() as conn:
             verbs.retry(conn, _job(conn, id, lock=True), new)
-            return _recovery(_job(conn, new))
+            recovery = _recovery(_job(conn, new))
+            also(conn, recovery)
+            return recovery
 
     def _ask(self, id: str, verb: Callable[[Connection, Row[Any]], None]) -> Recovery:
         with self.engine.begin() as conn:

@@ -6,6 +6,7 @@ arguments. A child process reads the same values from `environment()`.
 
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,9 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, fi
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 PREFIX = "RECOUP_"
+BUCKET = r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9_-][A-Za-z0-9._-]*)*/?$"
 
 Seconds = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+Gpu = Annotated[str, Field(pattern=r"^([0-9]{1,3}|(GPU|MIG)-[0-9A-Za-z/-]{1,100})$")]
+"""As CUDA_VISIBLE_DEVICES names it."""
 
 
 class Alias(BaseModel):
@@ -46,6 +50,10 @@ class Settings(BaseSettings):
     """The ledger, SQLite or PostgreSQL; default: `ledger.db` below `home`."""
     broker_url: Annotated[str | None, Field(repr=False)] = None
     """Redis or Valkey; without it nobody publishes hints."""
+    artifacts_url: Annotated[str | None, Field(pattern=BUCKET)] = None
+    """Where what recoveries publish is kept: `s3://bucket/prefix`; default: `artifacts` below `home`."""
+    artifacts_endpoint: Annotated[str | None, Field(pattern=r"^https?://[^\s/@]+/?$")] = None
+    """The server of that bucket, if it is not Amazon's: `https://host:port`."""
     vllm_urls: Annotated[list[str], NoDecode] = []
     """Servers of the same teacher, comma separated."""
     vllm_python: Path | None = None
@@ -68,6 +76,8 @@ class Settings(BaseSettings):
     """Data sets of one tenant."""
     queue: Annotated[str, Field(pattern=r"^[a-z0-9.]{1,64}$")] = "gpu.cpu"
     """The class of machine that new jobs ask for."""
+    gpus: Annotated[list[Gpu], NoDecode] = []
+    """The GPUs of this host that a worker has for itself, comma separated; default: all that it sees."""
     lease_seconds: Seconds = 30
     """A worker that does not renew its claim for so long has lost it."""
     grace_seconds: Seconds = 25
@@ -80,7 +90,7 @@ class Settings(BaseSettings):
     max_application_failures: Count = 3
     max_infrastructure_losses: Count = 5
 
-    @field_validator("vllm_urls", "model_roots", mode="before")
+    @field_validator("vllm_urls", "model_roots", "gpus", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         if not isinstance(value, str):
@@ -96,6 +106,20 @@ class Settings(BaseSettings):
     @classmethod
     def _ledger_at_home(cls, url: str | None, info: ValidationInfo) -> str | None:
         return url or f"sqlite:///{info.data['home'] / 'ledger.db'}"
+
+    @field_validator("gpus")
+    @classmethod
+    def _different(cls, gpus: list[str]) -> list[str]:
+        if len(set(gpus)) < len(gpus):
+            raise ValueError(f"{', '.join(gpus)} names a GPU twice")
+        return gpus
+
+    @field_validator("artifacts_url")
+    @classmethod
+    def _has_client(cls, url: str | None) -> str | None:
+        if url and find_spec("obstore") is None:
+            raise ValueError("an S3 store needs the package obstore: pip install 'recoup-server[s3]'")
+        return url
 
     @field_validator("model_roots")
     @classmethod

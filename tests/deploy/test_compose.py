@@ -162,7 +162,7 @@ def test_the_images_install_extras_that_exist_and_the_api_no_torch(dockerfiles):
         name: set(re.search(r"pip install .*'\.\[([\w,]+)\]'", text)[1].split(","))
         for name, text in dockerfiles.items()
     }
-    assert extras == {"api": {"postgres"}, "worker": {"postgres", "worker"}}
+    assert extras == {"api": {"postgres", "s3"}, "worker": {"postgres", "s3", "worker"}}
     assert extras["worker"] <= project["optional-dependencies"].keys()
 
 

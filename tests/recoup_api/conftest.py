@@ -13,9 +13,10 @@ from fastapi.testclient import TestClient
 from safetensors.numpy import save_file
 
 from recoup_api.app import create_app
-from recoup_jobs.artifacts import ARTIFACTS, publish
+from recoup_jobs.artifacts import publish
 from recoup_jobs.ledger import open_ledger
 from recoup_jobs.settings import Settings
+from recoup_jobs.stores import open_store
 
 REPORT = {
     "object": "recovery.report",
@@ -28,8 +29,14 @@ SCRIPT = 'print("β")\n'
 
 
 @pytest.fixture
-def settings(tmp_path, database):
-    return Settings(home=tmp_path / "home", database_url=database, sweep_seconds=0.02)
+def artifact_store(request):
+    """The settings of where artifacts lie: a folder or, where a test asks for it, a bucket."""
+    return request.getfixturevalue("bucket") if getattr(request, "param", "folder") == "bucket" else {}
+
+
+@pytest.fixture
+def settings(tmp_path, database, artifact_store):
+    return Settings(home=tmp_path / "home", database_url=database, sweep_seconds=0.02, **artifact_store)
 
 
 @pytest.fixture
@@ -113,7 +120,7 @@ def finish(settings, ledger, claim, tmp_path):
         for path, text in texts.items():
             files[path].write_text(text, "utf-8")
         place = f"{claim.job_id}/e{claim.epoch}/package"
-        publish(settings.stage_folder(place) / ARTIFACTS, files)
+        publish(open_store(settings), place, files)
         ledger.commit_stage(claim, "package", place)
         ledger.succeed(claim, "recovered")
         return claim.job_id

@@ -14,6 +14,7 @@ from celery.signals import worker_shutting_down
 from recoup_jobs.dispatch import QUEUES, RUN_JOB, celery_app
 from recoup_jobs.ledger import open_ledger
 from recoup_jobs.settings import Settings
+from recoup_worker.gpus import owned
 from recoup_worker.tasks import follow_hint
 
 
@@ -21,18 +22,17 @@ def serve(settings: Settings) -> None:
     """Works until SIGTERM or SIGINT; a job that runs then is given back to the queue."""
     if settings.broker_url is None:
         raise SystemExit("RECOUP_BROKER_URL is not set: a worker needs a Redis or Valkey to hear of jobs.")
-    worker_app(settings, settings.broker_url).worker_main(
-        [
-            "worker",
-            "--pool=threads",
-            "--concurrency=1",
-            f"--queues={settings.queue}",
-            f"--hostname=recoup-{os.getpid()}@%h",
-            "--loglevel=INFO",
-            "--without-gossip",
-            "--without-mingle",
-        ]
-    )
+    options = [
+        "--pool=threads",
+        "--concurrency=1",
+        f"--queues={settings.queue}",
+        f"--hostname=recoup-{os.getpid()}@%h",
+        "--loglevel=INFO",
+        "--without-gossip",
+        "--without-mingle",
+    ]
+    with owned(settings.gpus, settings.home):
+        worker_app(settings, settings.broker_url).worker_main(["worker", *options])
 
 
 def worker_app(settings: Settings, broker_url: str) -> Celery:

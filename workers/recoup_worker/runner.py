@@ -7,7 +7,6 @@ unfinished one what its successor goes on from. SIGTERM asks it to stop: it make
 publishes the best checkpoint if the job is being cancelled, and exits with a code of its own (`exits.py`).
 """
 
-import os
 import shutil
 import signal
 import sys
@@ -17,10 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recoup.schemas import FilePrompts
-from recoup_jobs.artifacts import ARTIFACTS
 from recoup_jobs.claims import Claim
 from recoup_jobs.datasets import load_prompts, load_text
-from recoup_jobs.errors import RecoupError, StaleClaim
+from recoup_jobs.errors import RecoupError, StaleClaim, Unavailable
 from recoup_jobs.kinds import kind_of
 from recoup_jobs.ledger import Ledger, open_ledger
 from recoup_jobs.preflight import preflight
@@ -68,7 +66,7 @@ def run_claimed(claim: Claim, ledger: Ledger, settings: Settings, stopping: thre
     except RecoveryError as error:
         ledger.fail(claim, error.code, str(error), retry=error.may_pass)
     except RecoupError as error:
-        ledger.fail(claim, error.code, str(error), retry=False)
+        ledger.fail(claim, error.code, str(error), retry=isinstance(error, Unavailable))
     except Exception as error:
         traceback.print_exc()
         ledger.fail(claim, "internal_error", f"{type(error).__name__}: {error}", retry=True)
@@ -92,7 +90,7 @@ def _recover(claim: Claim, ledger: Ledger, settings: Settings, stopping: threadi
         from recoup_ml.recipe import recover
 
         ledger.succeed(claim, recover(run, journal))
-    _clear_work(settings.stage_folder(ledger.committed(claim.job_id)["package"]), settings, claim)
+    _clear_work(settings, claim)
 
 
 def _publish_best(claim: Claim, ledger: Ledger, settings: Settings) -> None:
@@ -131,19 +129,11 @@ def _run(claim: Claim, ledger: Ledger, settings: Settings) -> "Run":
     )
 
 
-def _clear_work(package: Path, settings: Settings, claim: Claim) -> None:
-    """Removes what the stages left for one another; the published files and the log stay."""
+def _clear_work(settings: Settings, claim: Claim) -> None:
+    """Removes what the stages left for one another; what was published and the log stay."""
     for epoch in (settings.jobs_dir / claim.job_id).glob("e*"):
-        for stage in epoch.iterdir():
-            if stage != package:
-                shutil.rmtree(stage)
-    for item in package.iterdir():
-        if item.name != ARTIFACTS:
-            shutil.rmtree(item) if item.is_dir() else item.unlink()
+        shutil.rmtree(epoch)
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # the thread that waits at standard input holds its lock, on which a plain exit aborts
+    sys.exit(main())

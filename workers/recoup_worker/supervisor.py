@@ -24,6 +24,7 @@ from recoup_jobs.ledger import Ledger
 from recoup_jobs.processes import kill_group
 from recoup_jobs.settings import Settings
 from recoup_worker import exits
+from recoup_worker.gpus import visible
 from recoup_worker.lease import Lease
 from recoup_worker.memory import oom_kills
 
@@ -57,7 +58,7 @@ def supervise(claim: Claim, ledger: Ledger, settings: Settings, stopping: thread
 def start_runner(claim: Claim, settings: Settings) -> subprocess.Popen[bytes]:
     folder = settings.jobs_dir / claim.job_id
     folder.mkdir(parents=True, exist_ok=True)
-    inherited = os.environ | settings.environment() | RUNNER_ENVIRONMENT
+    inherited = os.environ | settings.environment() | RUNNER_ENVIRONMENT | visible(settings.gpus)
     with (folder / "runner.log").open("ab") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "recoup_worker.runner", claim.job_id, str(claim.epoch)],
