@@ -106,7 +106,7 @@ def dry_run(
 ) -> Call[DryRun]:
     """What a recovery of these fields would do and cost, and what preflight finds; nothing is queued.
 
-    Raises UnprocessableEntityError where the recovery itself would be refused.
+    What it would be refused for are its `findings`; UnprocessableEntityError is raised for fields alone.
     """
     body = _request_body(None, student, teacher, fields)
     return Call("POST", "/v1/recoveries", _reader(DryRun), query=_query(dry_run="true"), json=body)

@@ -17,6 +17,7 @@ from recoup_api.query import known_query
 from recoup_api.rates import Rates
 from recoup_api.watch import Watch
 from recoup_jobs.dispatch import Publish, celery_app, celery_publisher
+from recoup_jobs.inspection import Inspections
 from recoup_jobs.keys import Keyring
 from recoup_jobs.ledger import Ledger
 from recoup_jobs.openai_jobs import CreateJob
@@ -56,7 +57,7 @@ def create_app(
     )
     app.state.settings, app.state.ledger, app.state.sweeper = settings, ledger, sweeper
     app.state.watch, app.state.in_flight = Watch(ledger), InFlightKeys()
-    app.state.secret = installation_secret(settings)
+    app.state.secret, app.state.inspections = installation_secret(settings), Inspections()
     app.add_middleware(BodyLimit, larger_by_path={"/v1/files": files.LARGEST_UPLOAD})
     rates = Rates(settings.requests_per_second, settings.request_burst)
     app.add_middleware(Guard, keys=Keyring(ledger, settings.api_key), rates=rates)

@@ -12,14 +12,22 @@ from recoup_api.examples import DIAGNOSIS_REQUEST
 from recoup_api.idempotency import IdempotencyKey, Keep, answer_once
 from recoup_api.recoveries import ByAccept, alignment_file, published
 from recoup_api.watch import etag, known_etags
-from recoup_api.wiring import TheCaller, TheLedger, TheSettings, TheWatch, needs, of_kind, own_job
+from recoup_api.wiring import (
+    TheCaller,
+    TheInspections,
+    TheLedger,
+    TheSettings,
+    TheWatch,
+    needs,
+    of_kind,
+    own_job,
+)
 from recoup_jobs.answers import Answer
 from recoup_jobs.artifacts import open_artifact
 from recoup_jobs.ledger import Ledger
 from recoup_jobs.preflight import preflight
 from recoup_jobs.quotas import require_room_for_job
 from recoup_jobs.settings import Settings
-from recoup_jobs.tenancy import require_own_files
 
 router = APIRouter(
     prefix="/v1/diagnoses",
@@ -40,6 +48,7 @@ def create(
     ledger: TheLedger,
     settings: TheSettings,
     caller: TheCaller,
+    inspections: TheInspections,
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
     asked = body.as_recovery()
@@ -53,8 +62,7 @@ def create(
             keep(conn, accepted(job))
 
         require_room_for_job(ledger, caller.tenant, settings.max_live_jobs)
-        require_own_files(ledger, asked, caller.tenant)
-        preflight(asked, ledger, settings)
+        preflight(asked, ledger, settings, caller.tenant, inspections)
         return accepted(ledger.create(asked, settings.queue, caller.tenant, keep_accepted, "diagnosis"))
 
     return answer_once(request, idempotency_key, body.model_dump_json(), make)

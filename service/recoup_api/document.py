@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
-from recoup_api.examples import EXAMPLES, PROBLEM
+from recoup_api.examples import DRY_RUN, EXAMPLES, PROBLEM
 
 JSON, PROBLEM_JSON = "application/json", "application/problem+json"
 ALWAYS = frozenset({400, 401, 403, 422, 429, 431, 500, 503})
@@ -172,6 +172,8 @@ def _complete(operation: dict[str, Any], path: str, known: Operation) -> None:
     content |= {kind: {"schema": {"type": "string"}} for kind in known.kinds}
     responses[success] = {"description": known.summary + "."} | ({"content": content} if content else {})
     responses |= {str(status): {"description": text} for status, text in known.extra.items()}
+    if known.id == "createRecovery":
+        responses["200"]["content"][JSON]["example"] = DRY_RUN
     errors = known.errors | (OPEN if is_open else ALWAYS)
     responses |= {str(s): {"$ref": f"#/components/responses/Problem{s}"} for s in sorted(errors)}
 

@@ -26,6 +26,32 @@ REQUEST = {
     "metadata": {"ticket": "42"},
 }
 
+DRY_RUN = {
+    "object": "recovery.dry_run",
+    "plan": [
+        {
+            "name": "method",
+            "value": "off_policy",
+            "why": "the teacher's distribution on its own answers recovered most at equal cost",
+        },
+        {"name": "mode", "value": "full", "why": "what a pruned student must learn anew needs all weights"},
+    ],
+    "findings": [
+        {
+            "pointer": "/keep/file",
+            "code": "file_not_found",
+            "message": "there is no file of this id; upload one with POST /v1/files",
+        }
+    ],
+    "estimate": {
+        "tokens": 412_000,
+        "memory_bytes": 3_400_000_000,
+        "disk_bytes": 900_000_000,
+        "seconds": 1260.0,
+        "calibrated_on": 12,
+    },
+}
+
 CHANGE = {"priority": 50, "metadata": {"ticket": "43"}}
 
 DIAGNOSIS_REQUEST = {"student": {"source": "my-pruned-model"}, "teacher": {"source": "its-original"}}

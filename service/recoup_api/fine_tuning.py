@@ -11,7 +11,16 @@ from recoup.schemas import Event, Page, Recovery
 from recoup_api.body import body_of, documented
 from recoup_api.examples import JOB_REQUEST
 from recoup_api.idempotency import IdempotencyKey, Keep, answer_once
-from recoup_api.wiring import Limit, TheCaller, TheLedger, TheSettings, needs, of_kind, own_job
+from recoup_api.wiring import (
+    Limit,
+    TheCaller,
+    TheInspections,
+    TheLedger,
+    TheSettings,
+    needs,
+    of_kind,
+    own_job,
+)
 from recoup_jobs import catalog
 from recoup_jobs.answers import Answer
 from recoup_jobs.errors import BadRequest, NotFound, Unprocessable
@@ -50,13 +59,14 @@ def create(
     ledger: TheLedger,
     settings: TheSettings,
     caller: TheCaller,
+    inspections: TheInspections,
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
     def make(keep: Keep) -> Answer:
         require_room_for_job(ledger, caller.tenant, settings.max_live_jobs)
         recovery = as_recovery(body, settings.aliases, _rows(ledger, caller, body))
         try:
-            preflight(recovery, ledger, settings)
+            preflight(recovery, ledger, settings, caller.tenant, inspections)
         except Unprocessable as refusal:
             raise in_words_of_job(refusal.items) from None
         made = ledger.create(

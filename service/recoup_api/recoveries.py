@@ -16,6 +16,7 @@ from recoup.schemas import (
     Artifact,
     ChangeRecovery,
     CreateRecovery,
+    DryRun,
     Event,
     Page,
     Recovery,
@@ -25,6 +26,7 @@ from recoup.schemas import (
 from recoup.schemas.recovery import TERMINAL_STATES
 from recoup_api.body import ChangeBody, RecoveryBody, documented
 from recoup_api.cursors import seal, unseal
+from recoup_api.dry_run import foresee
 from recoup_api.examples import CHANGE, REQUEST
 from recoup_api.idempotency import IdempotencyKey, Keep, answer_once
 from recoup_api.watch import etag, known_etags
@@ -32,6 +34,7 @@ from recoup_api.wiring import (
     After,
     Limit,
     TheCaller,
+    TheInspections,
     TheLedger,
     TheSettings,
     TheWatch,
@@ -47,7 +50,6 @@ from recoup_jobs.ledger import Ledger
 from recoup_jobs.preflight import preflight
 from recoup_jobs.quotas import require_room_for_job
 from recoup_jobs.settings import Settings
-from recoup_jobs.tenancy import require_own_files
 
 
 async def _one_range(request: Request) -> None:
@@ -75,6 +77,7 @@ PICTURES = {"text/csv": "csv", "image/svg+xml": "svg", "image/png": "png"}
     "",
     status_code=202,
     response_model=Recovery,
+    responses={200: {"model": DryRun, "description": "With `dry_run`: nothing was queued."}},
     openapi_extra=documented(CreateRecovery, REQUEST),
 )
 def create(
@@ -83,12 +86,18 @@ def create(
     ledger: TheLedger,
     settings: TheSettings,
     caller: TheCaller,
+    inspections: TheInspections,
+    dry_run: bool = False,
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
+    """With `dry_run` nothing is queued: the answer is plan, findings and estimate."""
+    if dry_run:
+        found = foresee(body, ledger, settings, caller.tenant, inspections)
+        return Response(found.model_dump_json(), media_type="application/json")
+
     def make(keep: Keep) -> Answer:
         require_room_for_job(ledger, caller.tenant, settings.max_live_jobs)
-        require_own_files(ledger, body, caller.tenant)
-        preflight(body, ledger, settings)
+        preflight(body, ledger, settings, caller.tenant, inspections)
         with_answer = partial(_keep_accepted, keep)
         return _accepted(ledger.create(body, settings.queue, caller.tenant, with_answer))
 

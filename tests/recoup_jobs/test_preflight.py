@@ -51,8 +51,8 @@ def write_json(path, value):
 
 
 def test_a_sound_pair_passes_and_its_folders_are_told(ledger, settings, asked, student, teacher):
-    folders = preflight(asked, ledger, settings)
-    assert (folders.student, folders.teacher) == (student.resolve(), teacher.resolve())
+    seen = preflight(asked, ledger, settings)
+    assert (seen.student.path, seen.teacher.path) == (student.resolve(), teacher.resolve())
 
 
 def test_a_model_may_be_named_by_its_absolute_path(findings, student):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from recoup.schemas import CreateRecovery, Prompt, Stage, TaskSpec
+from recoup.schemas import CostEstimate, CreateRecovery, Prompt, Stage, TaskSpec
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class Run:
     """The folder of the cache of servers' answers, shared by recoveries; none: nothing is remembered."""
     halvings: int = 0
     """How often training goes with half as many tokens at once, memory having run out before."""
+    estimate: CostEstimate | None = None
+    """What it was expected to take, for its report."""
 
     @property
     def prompt_tokens(self) -> int:

@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ from recoup_jobs.sources import locate
 from recoup_ml.durable import UNFINISHED
 from recoup_ml.run import Interrupted
 from recoup_worker import exits
+from recoup_worker.expectation import expect, expected, learn
 from recoup_worker.journal import LedgerJournal
 
 ANSWERS = "answers"
@@ -78,12 +80,16 @@ def run_claimed(claim: Claim, ledger: Ledger, settings: Settings, stopping: thre
 def _recover(claim: Claim, ledger: Ledger, settings: Settings, stopping: threading.Event) -> None:
     journal = LedgerJournal(ledger, claim, settings, stopping)
 
-    def check(_folder: Path) -> None:
-        preflight(claim.request, ledger, settings)
+    is_recovery = kind_of(claim.job_id) == "recovery"
 
-    journal.stage("preflight", check)
-    run = _run(claim, ledger, settings)
-    if kind_of(claim.job_id) == "diagnosis":
+    def check(folder: Path) -> None:
+        seen = preflight(claim.request, ledger, settings)
+        if is_recovery:
+            expect(claim.request, seen, ledger, settings, folder)
+
+    checked = journal.stage("preflight", check)
+    run = replace(_run(claim, ledger, settings), estimate=expected(checked))
+    if not is_recovery:
         from recoup_ml.recipe import examine
 
         examine(run, journal)
@@ -91,7 +97,9 @@ def _recover(claim: Claim, ledger: Ledger, settings: Settings, stopping: threadi
     else:
         from recoup_ml.recipe import recover
 
-        ledger.succeed(claim, recover(run, journal))
+        outcome = recover(run, journal)
+        learn(claim, ledger, settings, journal)
+        ledger.succeed(claim, outcome)
     _clear_work(settings.stage_folder(ledger.committed(claim.job_id)["package"]), settings, claim)
 
 
