@@ -162,6 +162,14 @@ def place_of(option: str | None, name: str) -> str | Path | None:
     return Path(option)
 
 
+def pair_of(option: str) -> tuple[str, str]:
+    """`KEY=VALUE`."""
+    key, found, value = option.partition("=")
+    if not (key and found):
+        raise typer.BadParameter(f"'{option}' is no KEY=VALUE.", param_hint="'--metadata'")
+    return key, value
+
+
 def task_of(option: str) -> tuple[dict[str, str], str | Path]:
     """`NAME=FILE[:MATCH]` as a task whose file is yet to be uploaded, and that file."""
     name, _, place = option.partition("=")

@@ -369,6 +369,15 @@ def test_list_shows_the_newest_asked_for(run, client):
     assert [job["id"] for job in json.loads(run("list", "--json").stdout)] == ids
 
 
+def test_list_asks_for_what_is_wanted(run, service):
+    filters = ["--outcome", "partial", "--damage", "pruning", "--metadata", "team=a=b", "--metadata", "run=1"]
+    assert run("list", *filters).exit_code == 0
+    (sent,) = service.sent("GET", "/v1/recoveries")
+    wanted = {"outcome": "partial", "damage": "pruning", "metadata[team]": "a=b", "metadata[run]": "1"}
+    assert wanted.items() <= sent.query.items()
+    assert run("list", "--metadata", "team").exit_code == 2
+
+
 def test_show_prints_what_is_known(run, id, client):
     client.recoveries.wait(id)
     lines = run("show", id).stdout.splitlines()

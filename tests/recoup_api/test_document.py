@@ -98,4 +98,5 @@ def test_a_break_is_seen(document):
         "get /healthz is gone",
         "get /v1/fine_tuning/jobs lost after",
         "get /v1/fine_tuning/jobs lost limit",
+        "get /v1/fine_tuning/jobs lost metadata",
     ]
