@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from recoup_jobs import chat_templates
 from recoup_jobs.errors import RecoupError
 from recoup_jobs.sources import (
     ModelFolder,
@@ -89,6 +90,8 @@ def inspect(folder: ModelFolder) -> Inspection:
     try:
         config, vocabulary = read_config(folder), read_vocabulary(folder)
         quantizer, template = read_quantizer(config), read_chat_template(folder)
+        if not faults:  # a folder that is refused anyway is not rendered
+            chat_templates.check(template)
     except RecoupError as error:
         return Inspection(None, (*faults, (error.code, error.message)))
     return Inspection(Model(folder.path, config, quantizer, vocabulary, template, tensors), tuple(faults))
