@@ -1,11 +1,11 @@
-"""How far a dry run's estimate is off, on recoveries of a small model that a machine has calibrated itself on.
+"""How far a dry run's estimate is off, on recoveries that a machine has calibrated itself on.
 
     python benchmarks/estimate.py [RUNS]
 
 Starts an installation of its own, damages a random model of two layers, and recovers it RUNS times (default
 ten) with other steps, lengths, modes and amounts of prompts each. Before each recovery a dry run is asked,
-after it the report: a line gives estimate and actual of seconds, tokens and memory, and the last line the median
-error of the seconds over the runs that had an estimate. Only recoveries that came before calibrate.
+after it the report: a line gives estimate and actual of seconds, tokens and memory, and the last line the
+median error of the seconds over the runs that had an estimate. Only recoveries that came before calibrate.
 """
 
 import json

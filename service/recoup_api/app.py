@@ -21,6 +21,7 @@ from recoup_jobs.inspection import Inspections
 from recoup_jobs.keys import Keyring
 from recoup_jobs.ledger import Ledger
 from recoup_jobs.openai_jobs import CreateJob
+from recoup_jobs.scrubber import scrub_logs
 from recoup_jobs.settings import Settings
 from recoup_jobs.signing import installation_secret
 from recoup_jobs.sweeper import Sweeper
@@ -45,6 +46,7 @@ def create_app(
 
     `publish` replaces the Celery broker of the settings. The caller keeps the ledger, and closes it.
     """
+    scrub_logs()
     if publish is None and settings.broker_url is not None:
         publish = celery_publisher(celery_app(settings.broker_url))
     sweeper = Sweeper(ledger, publish, settings) if publish and sweep else None

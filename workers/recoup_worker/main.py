@@ -13,12 +13,14 @@ from celery.signals import worker_shutting_down
 
 from recoup_jobs.dispatch import QUEUES, RUN_JOB, celery_app
 from recoup_jobs.ledger import open_ledger
+from recoup_jobs.scrubber import scrub_logs
 from recoup_jobs.settings import Settings
 from recoup_worker.tasks import follow_hint
 
 
 def serve(settings: Settings) -> None:
     """Works until SIGTERM or SIGINT; a job that runs then is given back to the queue."""
+    scrub_logs()
     if settings.broker_url is None:
         raise SystemExit("RECOUP_BROKER_URL is not set: a worker needs a Redis or Valkey to hear of jobs.")
     worker_app(settings, settings.broker_url).worker_main(

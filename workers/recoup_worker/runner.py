@@ -26,6 +26,7 @@ from recoup_jobs.kinds import kind_of
 from recoup_jobs.ledger import Ledger, open_ledger
 from recoup_jobs.preflight import preflight
 from recoup_jobs.processes import die_with_parent, die_with_stdin
+from recoup_jobs.scrubber import scrub, scrub_logs
 from recoup_jobs.settings import Settings
 from recoup_jobs.sources import locate
 from recoup_ml.durable import UNFINISHED
@@ -46,6 +47,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda _number, _frame: stopping.set())
     die_with_parent()
     die_with_stdin()
+    scrub_logs()
     settings = Settings()
     ledger = open_ledger(settings)
     job_id, epoch = sys.argv[1], int(sys.argv[2])
@@ -72,7 +74,7 @@ def run_claimed(claim: Claim, ledger: Ledger, settings: Settings, stopping: thre
     except RecoupError as error:
         ledger.fail(claim, error.code, str(error), retry=False)
     except Exception as error:
-        traceback.print_exc()
+        print(scrub(traceback.format_exc()), file=sys.stderr)
         ledger.fail(claim, "internal_error", f"{type(error).__name__}: {error}", retry=True)
     return exits.ENDED
 
