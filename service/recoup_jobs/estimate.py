@@ -51,6 +51,13 @@ CPU = Machine(weight_bytes=4, micro_tokens=256, logit_rows=128)
 GPU = Machine(weight_bytes=None, micro_tokens=16_384, logit_rows=1024)
 
 
+CPU_QUEUE = "gpu.cpu"
+
+
+def machine_of(queue: str) -> Machine:
+    return CPU if queue == CPU_QUEUE else GPU
+
+
 @dataclass(frozen=True)
 class Sizes:
     """Of one model."""

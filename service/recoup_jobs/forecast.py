@@ -22,13 +22,12 @@ from recoup_jobs import calibration, catalog
 from recoup_jobs.calibration import Measured
 from recoup_jobs.datasets import iter_prompts
 from recoup_jobs.errors import Unprocessable
-from recoup_jobs.estimate import CPU, GPU, Amounts, Machine, Need, Planned, Sizes, need_of, sizes_of
+from recoup_jobs.estimate import Amounts, Need, Planned, Sizes, machine_of, need_of, sizes_of
 from recoup_jobs.inspection import Model
 from recoup_jobs.ledger import Ledger
 from recoup_jobs.preflight import DEPTH_KEYS, HIDDEN_SIZE_KEYS, config_value
 from recoup_jobs.settings import Settings
 
-CPU_QUEUE = "gpu.cpu"
 UNTRAINED = "none"
 """The mode of a method that changes weights without training."""
 LOOKED_AT = 64
@@ -92,10 +91,6 @@ def forecast(
 
 def cost_of(found: Forecast, ledger: Ledger, queue: str) -> CostEstimate:
     return found.cost(calibration.read(ledger, queue), calibration.jobs_measured(ledger, queue))
-
-
-def machine_of(queue: str) -> Machine:
-    return CPU if queue == CPU_QUEUE else GPU
 
 
 def _plan(

@@ -21,13 +21,17 @@ from recoup.schemas import (
 from recoup.schemas.request import MODEL_KINDS
 from recoup_jobs.datasets import iter_prompts, require_kind
 from recoup_jobs.errors import Unprocessable
+from recoup_jobs.estimate import machine_of, sizes_of
 from recoup_jobs.findings import Findings, refuse
 from recoup_jobs.inspection import Inspections, Model
 from recoup_jobs.ledger import Ledger
+from recoup_jobs.machines import most_memory
 from recoup_jobs.rows import RowKind
 from recoup_jobs.settings import Settings
 from recoup_jobs.sources import locate
 
+SMALL_BYTES = 1 << 30
+"""A model that fits into any worker."""
 FEWEST_PROMPTS = 48
 """Distinct ones: fewer cannot be split into training, validation and test."""
 
@@ -100,6 +104,10 @@ def look(
         _check_packed(findings, request, student.quantizer)
     elif student:
         _check_plain(findings, request)
+    for pointer, model in (("/student/source", student), ("/teacher/source", teacher)):
+        if model and model.tensors:
+            with findings.at(pointer):
+                _require_a_machine(model, ledger, settings.queue)
     _check_data(findings, request, Shelf(ledger, settings, tenant))
     return Look(student, teacher, findings.items)
 
@@ -159,6 +167,17 @@ def _require_same_template(student: Model, teacher: Model) -> None:
             "student and teacher have different chat templates; give both the one they were trained with"
         )
         raise Unprocessable("chat_template_mismatch", message)
+
+
+def _require_a_machine(model: Model, ledger: Ledger, queue: str) -> None:
+    """Some worker of this class can hold the weights; where none has told of itself, one may come."""
+    needed = sizes_of(model, None, None).loaded_bytes(machine_of(queue))
+    if needed < SMALL_BYTES:
+        return
+    there_is = most_memory(ledger, queue)
+    if there_is is not None and needed > there_is:
+        message = f"the weights alone take {needed >> 20} MiB; the largest {queue} has {there_is >> 20} MiB"
+        raise Unprocessable("no_capable_worker", message)
 
 
 def _check_plain(findings: Findings, request: CreateRecovery) -> None:

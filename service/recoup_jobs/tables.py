@@ -181,6 +181,16 @@ calibrations = Table(
 )
 
 
+machines = Table(
+    "machines",
+    metadata,
+    Column("owner", String(200), primary_key=True),
+    Column("queue", String(64), nullable=False, index=True),
+    Column("memory_bytes", BigInteger, nullable=False),
+    Column("seen_at", Double, nullable=False),
+)
+
+
 class now(FunctionElement[float]):  # noqa: N801 - an SQL function
     """Unix seconds by the database's clock: leases never compare the clocks of two machines."""
 

@@ -1,4 +1,4 @@
-"""How long stages of finished jobs took, by class of machine."""
+"""How long stages of finished jobs took, by class of machine; and which machines there are."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -24,4 +24,11 @@ def upgrade() -> None:
         sa.Column("work", sa.Double, nullable=False),
         sa.Column("seconds", sa.Double, nullable=False),
         sa.Column("at", sa.Double, nullable=False),
+    )
+    op.create_table(
+        "machines",
+        sa.Column("owner", sa.String(200), primary_key=True),
+        sa.Column("queue", sa.String(64), nullable=False, index=True),
+        sa.Column("memory_bytes", sa.BigInteger, nullable=False),
+        sa.Column("seen_at", sa.Double, nullable=False),
     )
