@@ -2,8 +2,13 @@
 
 A worker writes one row a stage of a finished recovery: the mode of training, the student's parameters, the
 work as it had been estimated (passes of a token through a model, times parameters) and the seconds it took.
-Since the seconds stand beside the *estimated* work, whatever the estimate counts wrongly is in the rate
-too. The time of another job is read off the rows that are most like it: the median of the nearest five.
+Since the seconds stand beside the *estimated* work, whatever the estimate counts wrongly is in the rate too.
+
+    seconds = start + rate x work
+
+is fitted to the rows of a stage, each weighted by how like the asked job it is. Errors are relative, so that
+one job that took far too long weighs little. Where the rows leave both open, half of the time is taken for
+the start (loading, compiling), which the first row alone cannot tell.
 """
 
 import math
@@ -17,7 +22,13 @@ from recoup.schemas import Stage
 from recoup_jobs.ledger import Ledger
 from recoup_jobs.tables import calibrations, now
 
-NEAREST = 5
+OTHER_MODE = 4.0
+"""A row of another mode of training weighs by e to the minus this."""
+ALIKE = 0.5
+"""Weights above this, of the greatest, tell what is usual."""
+FEW = 0.5
+PULL = 0.02
+"""Towards the half, in rows."""
 MOST_ROWS = 2000
 """Kept for one class of machine."""
 
@@ -69,12 +80,39 @@ def seconds_for(
 
 
 def _seconds(stage: str, work: float, mode: str, parameters: int, known: Sequence[Measured]) -> float | None:
-    """Work of nearly the same amount, on nearly as many parameters, in the same mode."""
+    def weight(one: Measured) -> float:
+        apart = abs(math.log(one.parameters / max(1, parameters)))
+        return math.exp(-apart - (OTHER_MODE if one.mode != mode else 0.0))
 
-    def distance(one: Measured) -> float:
-        apart = abs(math.log(one.work / work)) + abs(math.log(one.parameters / max(1, parameters)))
-        return apart + (one.mode != mode)
+    rows = [one for one in known if one.stage == stage and one.work > 0 and one.seconds > 0]
+    if not rows:
+        return None
+    weights = [weight(one) for one in rows]
+    start, rate = _fitted(rows, [one / max(weights) for one in weights])
+    return start + rate * work
 
-    alike = sorted((one for one in known if one.stage == stage and one.work > 0), key=distance)
-    rates = [one.seconds / one.work for one in alike[:NEAREST]]
-    return work * median(rates) if rates else None
+
+def _fitted(rows: Sequence[Measured], weights: Sequence[float]) -> tuple[float, float]:
+    """(start, rate): least squares of relative errors, neither below 0, drawn a little towards the half.
+
+    In units of the usual, (u, v) = (start / usual start, rate / usual rate), so that (1, 1) is the half. A
+    row counts by its error relative to its own seconds or, if these are few, to `FEW` of what is usual.
+    """
+    alike = [one for one, weight in zip(rows, weights, strict=True) if weight > ALIKE]
+    seconds, rate = (median(one.seconds for one in alike), median(one.seconds / one.work for one in alike))
+    pp, pq, qq, p, q = PULL, 0.0, PULL, PULL, PULL
+    for one, weight in zip(rows, weights, strict=True):
+        scale = max(one.seconds, FEW * seconds)
+        at_start, by_rate, told = seconds / 2 / scale, rate / 2 * one.work / scale, one.seconds / scale
+        pp += weight * at_start * at_start
+        pq += weight * at_start * by_rate
+        qq += weight * by_rate * by_rate
+        p += weight * at_start * told
+        q += weight * by_rate * told
+    determinant = pp * qq - pq * pq
+    u, v = (p * qq - q * pq) / determinant, (q * pp - p * pq) / determinant
+    if u < 0:
+        u, v = 0.0, q / qq
+    if v < 0:
+        u, v = p / pp, 0.0
+    return u * seconds / 2, v * rate / 2
