@@ -28,11 +28,13 @@ from recoup.schemas import (
     ChangeRecovery,
     CreateDiagnosis,
     CreateRecovery,
+    Damage,
     Diagnosis,
     DryRun,
     Event,
     File,
     ModelRef,
+    Outcome,
     Page,
     Recovery,
     Report,
@@ -41,6 +43,7 @@ from recoup.schemas import (
 
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
+J = TypeVar("J", Recovery, Diagnosis)
 
 
 class Upload(NamedTuple):
@@ -76,6 +79,93 @@ class Call(Generic[T]):
         return dict(self.headers).get("Idempotency-Key")
 
 
+@dataclass(frozen=True)
+class Jobs(Generic[J]):
+    """What can be asked of jobs of one kind, once they are there."""
+
+    name: str
+    path: str
+    model: type[J]
+
+    def get(self, id: str) -> Call[J]:
+        """The job as it stands; a diagnosis that succeeded has its report with it."""
+        return Call("GET", self._at(id), _reader(self.model))
+
+    def await_change(self, seen: J, wait: int) -> Call[J | None]:
+        """The job as soon as it differs from what was seen, or None after `wait` seconds."""
+        return _poll(self._at(seen.id), self.model, seen.version, wait)
+
+    def list(
+        self,
+        after: str | None = None,
+        limit: int | None = None,
+        *,
+        state: State | None = None,
+        outcome: Outcome | None = None,
+        damage: Damage | None = None,
+        metadata: dict[str, str] | None = None,
+    ) -> Call[Page[J]]:
+        """All jobs, or those of which all that is given holds, newest first; `limit` is the size of a page.
+
+        `damage` is that of the request; of `metadata` every pair must be there. Pages are fetched as they
+        are asked for.
+        """
+        pairs = {f"metadata[{key}]": value for key, value in (metadata or {}).items()}
+        query = _query(after=after, limit=limit, state=state, outcome=outcome, damage=damage, **pairs)
+        return Call("GET", self.path, _page_reader(self.model), query=query)
+
+    def cancel(self, id: str) -> Call[J]:
+        """Ask the job to stop. Raises ConflictError once it has ended."""
+        return Call("POST", f"{self._at(id)}/cancel", _reader(self.model))
+
+    def pause(self, id: str) -> Call[J]:
+        """Ask the job to give its device back and to wait. Raises ConflictError where it cannot."""
+        return Call("POST", f"{self._at(id)}/pause", _reader(self.model))
+
+    def resume(self, id: str) -> Call[J]:
+        """Let a paused job go on. Raises ConflictError if it is not paused."""
+        return Call("POST", f"{self._at(id)}/resume", _reader(self.model))
+
+    def retry(self, id: str, *, idempotency_key: str | None = None) -> Call[J]:
+        """A new job that repeats one which failed or was cancelled, and takes over its committed stages.
+
+        Raises ConflictError where the job's state does not allow it.
+        """
+        return _keyed(Call("POST", f"{self._at(id)}/retry", _reader(self.model)), idempotency_key)
+
+    def change(
+        self, id: str, *, priority: int | None = None, metadata: dict[str, str] | None = None
+    ) -> Call[J]:
+        """Another priority, other metadata (all pairs); what is None stays as it is."""
+        given = {"priority": priority, "metadata": metadata}
+        changes = ChangeRecovery.model_validate(
+            {name: value for name, value in given.items() if value is not None}
+        )
+        body = changes.model_dump(mode="json", exclude_unset=True)
+        return Call("PATCH", self._at(id), _reader(self.model), json=body)
+
+    def history(self, id: str, after: int = 0) -> Call[Page[Event]]:
+        """The events so far whose `seq` is greater than `after`."""
+        return Call("GET", f"{self._at(id)}/events", _page_reader(Event), query=_query(after=after))
+
+    def stream(self, id: str, after: int = 0) -> Call[bytes]:
+        """The events after the one with this `seq`, as server-sent events; every 15 seconds a comment."""
+        headers = (("Accept", "text/event-stream"), ("Cache-Control", "no-store"))
+        last = (("Last-Event-ID", str(after)),) if after else ()
+        return Call("GET", f"{self._at(id)}/events", bytes, headers=headers + last, hold=STREAM_SILENCE)
+
+    def alignment(self, id: str) -> Call[Alignment]:
+        """CKA of the student's layers with the teacher's, before and, of a recovery, after."""
+        return Call("GET", f"{self._at(id)}/alignment", _reader(Alignment))
+
+    def _at(self, id: str) -> str:
+        return f"{self.path}/{_checked(id, self.name)}"
+
+
+RECOVERIES = Jobs("recovery", "/v1/recoveries", Recovery)
+DIAGNOSES = Jobs("diagnosis", "/v1/diagnoses", Diagnosis)
+
+
 def create_recovery(
     request: CreateRecovery | None = None,
     *,
@@ -90,12 +180,7 @@ def create_recovery(
     Raises pydantic's ValidationError, or InvalidArgumentError on a key, before anything is sent.
     """
     body = _request_body(request, student, teacher, fields)
-    call = Call("POST", "/v1/recoveries", _reader(Recovery), json=body)
-    if idempotency_key is None:
-        return call
-    if not _KEY.fullmatch(idempotency_key):
-        raise InvalidArgumentError("An idempotency key has 1 to 255 printable ASCII characters, no space.")
-    return replace(call, headers=(*call.headers, ("Idempotency-Key", idempotency_key)))
+    return _keyed(Call("POST", "/v1/recoveries", _reader(Recovery), json=body), idempotency_key)
 
 
 def dry_run(
@@ -106,79 +191,10 @@ def dry_run(
 ) -> Call[DryRun]:
     """What a recovery of these fields would do and cost, and what preflight finds; nothing is queued.
 
-    Raises UnprocessableEntityError where the recovery itself would be refused.
+    What it would be refused for are its `findings`; UnprocessableEntityError is raised for fields alone.
     """
     body = _request_body(None, student, teacher, fields)
     return Call("POST", "/v1/recoveries", _reader(DryRun), query=_query(dry_run="true"), json=body)
-
-
-def get_recovery(id: str) -> Call[Recovery]:
-    """The job as it stands."""
-    return Call("GET", _recovery(id), _reader(Recovery))
-
-
-def await_change(seen: Recovery, wait: int) -> Call[Recovery | None]:
-    """The recovery as soon as it differs from what was seen, or None after `wait` seconds."""
-    return _poll(_recovery(seen.id), Recovery, seen.version, wait)
-
-
-def list_recoveries(
-    after: str | None = None, limit: int | None = None, *, state: State | None = None
-) -> Call[Page[Recovery]]:
-    """All jobs, or those in this state, newest first; `limit` is the size of a page.
-
-    Pages are fetched as they are asked for.
-    """
-    query = _query(after=after, limit=limit, state=state)
-    return Call("GET", "/v1/recoveries", _page_reader(Recovery), query=query)
-
-
-def cancel_recovery(id: str) -> Call[Recovery]:
-    """Ask the job to stop. Raises ConflictError once it has ended."""
-    return Call("POST", f"{_recovery(id)}/cancel", _reader(Recovery))
-
-
-def pause_recovery(id: str) -> Call[Recovery]:
-    """Ask the job to give its device back and to wait. Raises ConflictError where it cannot."""
-    return Call("POST", f"{_recovery(id)}/pause", _reader(Recovery))
-
-
-def resume_recovery(id: str) -> Call[Recovery]:
-    """Let a paused job go on. Raises ConflictError if it is not paused."""
-    return Call("POST", f"{_recovery(id)}/resume", _reader(Recovery))
-
-
-def retry_recovery(id: str) -> Call[Recovery]:
-    """A new job that repeats one which failed or was cancelled, and takes over the stages it had committed.
-
-    Raises ConflictError where the job's state does not allow it.
-    """
-    return Call("POST", f"{_recovery(id)}/retry", _reader(Recovery))
-
-
-def change_recovery(
-    id: str, *, priority: int | None = None, metadata: dict[str, str] | None = None
-) -> Call[Recovery]:
-    """Another priority, other metadata (all pairs); what is None stays as it is."""
-    given = {"priority": priority, "metadata": metadata}
-    changes = ChangeRecovery.model_validate(
-        {name: value for name, value in given.items() if value is not None}
-    )
-    return Call(
-        "PATCH", _recovery(id), _reader(Recovery), json=changes.model_dump(mode="json", exclude_unset=True)
-    )
-
-
-def list_events(id: str, after: int = 0) -> Call[Page[Event]]:
-    """The events so far whose `seq` is greater than `after`."""
-    return Call("GET", f"{_recovery(id)}/events", _page_reader(Event), query=_query(after=after))
-
-
-def stream_events(id: str, after: int = 0) -> Call[bytes]:
-    """The events after the one with this `seq`, as server-sent events; a comment comes every 15 seconds."""
-    headers = (("Accept", "text/event-stream"), ("Cache-Control", "no-store"))
-    last = (("Last-Event-ID", str(after)),) if after else ()
-    return Call("GET", f"{_recovery(id)}/events", bytes, headers=headers + last, hold=STREAM_SILENCE)
 
 
 def get_report(id: str) -> Call[Report]:
@@ -189,11 +205,6 @@ def get_report(id: str) -> Call[Report]:
 def get_report_html(id: str) -> Call[str]:
     """The report as one self-contained page."""
     return Call("GET", f"{_recovery(id)}/report", _text, headers=(("Accept", "text/html"),))
-
-
-def get_alignment(id: str) -> Call[Alignment]:
-    """CKA of the student's layers with the teacher's, before and after."""
-    return Call("GET", f"{_recovery(id)}/alignment", _reader(Alignment))
 
 
 def get_recipe(id: str) -> Call[str]:
@@ -218,50 +229,35 @@ def get_artifact(id: str, path: str, start: int = 0) -> Call[bytes]:
 
 
 def create_diagnosis(
-    *, student: str | dict[str, Any] | ModelRef, teacher: str | dict[str, Any] | ModelRef, **fields: Any
+    *,
+    student: str | dict[str, Any] | ModelRef,
+    teacher: str | dict[str, Any] | ModelRef,
+    idempotency_key: str | None = None,
+    **fields: Any,
 ) -> Call[Diagnosis]:
     """Submit a diagnosis by the fields of `CreateDiagnosis`; a bare str names a model's source.
 
-    Raises pydantic's ValidationError before anything is sent.
+    The same `idempotency_key` again, even from another process, is answered with the same job.
+    Raises pydantic's ValidationError, or InvalidArgumentError on a key, before anything is sent.
     """
     models = {"student": _model(student), "teacher": _model(teacher)}
     request = CreateDiagnosis.model_validate(models | fields)
     body = request.model_dump(mode="json", exclude_unset=True)
-    return Call("POST", "/v1/diagnoses", _reader(Diagnosis), json=body)
+    return _keyed(Call("POST", "/v1/diagnoses", _reader(Diagnosis), json=body), idempotency_key)
 
 
-def get_diagnosis(id: str) -> Call[Diagnosis]:
-    """The job as it stands, with its report once it succeeded."""
-    return Call("GET", _diagnosis(id), _reader(Diagnosis))
-
-
-def await_diagnosis(seen: Diagnosis, wait: int) -> Call[Diagnosis | None]:
-    """The diagnosis as soon as it differs from what was seen, or None after `wait` seconds."""
-    return _poll(_diagnosis(seen.id), Diagnosis, seen.version, wait)
-
-
-def cancel_diagnosis(id: str) -> Call[Diagnosis]:
-    """Ask the job to stop. Raises ConflictError once it has ended."""
-    return Call("POST", f"{_diagnosis(id)}/cancel", _reader(Diagnosis))
-
-
-def list_diagnosis_events(id: str, after: int = 0) -> Call[Page[Event]]:
-    """The events so far whose `seq` is greater than `after`."""
-    return Call("GET", f"{_diagnosis(id)}/events", _page_reader(Event), query=_query(after=after))
-
-
-def get_diagnosis_alignment(id: str) -> Call[Alignment]:
-    """CKA of the student's layers with the teacher's, with ceiling and floor, and no `after`."""
-    return Call("GET", f"{_diagnosis(id)}/alignment", _reader(Alignment))
-
-
-def create_file(path: str | PathLike[str], purpose: str = "recovery") -> Call[File]:
+def create_file(
+    path: str | PathLike[str], purpose: str = "recovery", *, idempotency_key: str | None = None
+) -> Call[File]:
     """Upload a JSONL file; the server checks it line by line.
+
+    The same `idempotency_key` with the same content again is answered with the same file.
 
     Raises UnprocessableEntityError naming the lines that cannot be used, OSError if
     the file cannot be read.
     """
-    return Call("POST", "/v1/files", _reader(File), upload=Upload(Path(path), purpose))
+    call = Call("POST", "/v1/files", _reader(File), upload=Upload(Path(path), purpose))
+    return _keyed(call, idempotency_key)
 
 
 def list_files(after: str | None = None, limit: int | None = None) -> Call[Page[File]]:
@@ -328,12 +324,16 @@ def _model(model: str | dict[str, Any] | ModelRef | None) -> Any:
     return {"source": model} if isinstance(model, str) else model
 
 
+def _keyed(call: Call[T], idempotency_key: str | None) -> Call[T]:
+    if idempotency_key is None:
+        return call
+    if not _KEY.fullmatch(idempotency_key):
+        raise InvalidArgumentError("An idempotency key has 1 to 255 printable ASCII characters, no space.")
+    return replace(call, headers=(*call.headers, ("Idempotency-Key", idempotency_key)))
+
+
 def _recovery(id: str) -> str:
     return f"/v1/recoveries/{_checked(id, 'recovery')}"
-
-
-def _diagnosis(id: str) -> str:
-    return f"/v1/diagnoses/{_checked(id, 'diagnosis')}"
 
 
 def _file(id: str) -> str:

@@ -15,9 +15,9 @@ from recoup._completion import completion
 from recoup._diagnose import diagnose
 from recoup._doctor import doctor
 from recoup._session import Id, Json, connected, console, dump, echo, show, show_state
-from recoup._submit import dry_run, submit
+from recoup._submit import dry_run, pair_of, submit
 from recoup._watch import follow
-from recoup.schemas import State
+from recoup.schemas import Damage, Outcome, State
 
 app = typer.Typer(
     name="recoup",
@@ -61,11 +61,21 @@ def watch(id: Id, json: Json = False) -> None:
 def list_(
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="At most so many.")] = 20,
     state: Annotated[State | None, typer.Option(help="Only those in this state.")] = None,
+    outcome: Annotated[Outcome | None, typer.Option(help="Only those that came to this.")] = None,
+    damage: Annotated[Damage | None, typer.Option(help="Only those whose request names it.")] = None,
+    metadata: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Only those with this pair; may be repeated."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """List the recoveries, newest first."""
+    pairs = dict(map(pair_of, metadata or []))
     with connected(json) as client:
-        found = [*islice(client.recoveries.list(limit=min(limit, 100), state=state), limit)]
+        asked = client.recoveries.list(
+            limit=min(limit, 100), state=state, outcome=outcome, damage=damage, metadata=pairs
+        )
+        found = [*islice(asked, limit)]
         if json:
             dump(found)
         else:

@@ -12,15 +12,13 @@ Between two answers the server may be restarted: a follower outlives an outage o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from pydantic import ValidationError
 
 from recoup import _calls, _retry
-from recoup._calls import Call
+from recoup._calls import Call, Jobs
 from recoup._flow import (
     WORLD,
     Callback,
@@ -76,59 +74,50 @@ def everything(call: Call[Page[T]]) -> Flow[list[T]]:
     return items
 
 
-def wait(
-    id: str,
-    timeout: float | None = None,
-    on_progress: Callback[Progress] | None = None,
-    on_event: Callback[Event] | None = None,
-) -> Flow[Recovery]:
-    """The job once it has ended `succeeded` or `cancelled`. Outlives a restart of the server.
+@dataclass(frozen=True)
+class Following(Generic[J]):
+    """The two ways, for jobs of one kind."""
 
-    Raises JobFailedError if it ended `failed`, WaitTimeoutError after `timeout` seconds
-    (the job goes on). The callbacks get the progress at each change and each event once.
-    """
-    first, history = _calls.get_recovery(id), partial(_calls.list_events, id)
-    return (yield from _ended(first, _calls.await_change, history, timeout, on_progress, on_event))
+    jobs: Jobs[J]
 
+    def wait(
+        self,
+        id: str,
+        timeout: float | None = None,
+        on_progress: Callback[Progress] | None = None,
+        on_event: Callback[Event] | None = None,
+    ) -> Flow[J]:
+        """The job once it has ended `succeeded` or `cancelled`. Outlives a restart of the server.
 
-def wait_for_diagnosis(
-    id: str,
-    timeout: float | None = None,
-    on_progress: Callback[Progress] | None = None,
-    on_event: Callback[Event] | None = None,
-) -> Flow[Diagnosis]:
-    """The job once it has ended `succeeded` (with a report) or `cancelled`. Outlives a restart of the server.
+        Raises JobFailedError if it ended `failed`, WaitTimeoutError after `timeout` seconds
+        (the job goes on). The callbacks get the progress at each change and each event once.
+        """
+        return (yield from _ended(self.jobs, id, timeout, on_progress, on_event))
 
-    Raises JobFailedError if it ended `failed`, WaitTimeoutError after `timeout` seconds
-    (the job goes on). The callbacks get the progress at each change and each event once.
-    """
-    first, history = _calls.get_diagnosis(id), partial(_calls.list_diagnosis_events, id)
-    return (yield from _ended(first, _calls.await_diagnosis, history, timeout, on_progress, on_event))
+    def events(self, id: str, after: int = 0) -> Flow[None]:
+        """The job's events whose `seq` is greater than `after`: those so far, then each as it comes.
 
-
-def events(id: str, after: int = 0) -> Flow[None]:
-    """The job's events whose `seq` is greater than `after`: those so far, then each as it comes.
-
-    Ends with the job. Outlives a restart of the server; no event is missed, none comes twice.
-    """
-    outage = Outage()
-    while True:
-        try:
-            head = yield from opened(_calls.stream_events(id, after))
-            if not head.headers.get("content-type", "").startswith("text/event-stream"):
-                raise InvalidAnswerError(f"The server answered with no stream when asked for events of {id}.")
-            decoder = Decoder()
-            while chunk := (yield Read()):
-                outage.over()
-                for frame in decoder.feed(chunk):
-                    if frame.event == "end":
-                        return
-                    if (event := _new_event(frame, after)) is not None:
-                        after = event.seq
-                        yield Emit(event)
-            raise Unanswered(APIConnectionError("The stream of events broke off."), sent=True)
-        except (Unanswered, APIStatusError) as failed:
-            yield Sleep(outage.pause(failed))
+        Ends with the job. Outlives a restart of the server; no event is missed, none comes twice.
+        """
+        outage = Outage()
+        while True:
+            try:
+                head = yield from opened(self.jobs.stream(id, after))
+                if not head.headers.get("content-type", "").startswith("text/event-stream"):
+                    asked = f"when asked for events of {id}"
+                    raise InvalidAnswerError(f"The server answered with no stream {asked}.")
+                decoder = Decoder()
+                while chunk := (yield Read()):
+                    outage.over()
+                    for frame in decoder.feed(chunk):
+                        if frame.event == "end":
+                            return
+                        if (event := _new_event(frame, after)) is not None:
+                            after = event.seq
+                            yield Emit(event)
+                raise Unanswered(APIConnectionError("The stream of events broke off."), sent=True)
+            except (Unanswered, APIStatusError) as failed:
+                yield Sleep(outage.pause(failed))
 
 
 @dataclass
@@ -162,9 +151,8 @@ FIRST_TRIES = 2
 
 
 def _ended(
-    first: Call[J],
-    change: Callable[[J, int], Call[J | None]],
-    history: Callable[[int], Call[Page[Event]]],
+    jobs: Jobs[J],
+    id: str,
     timeout: float | None,
     on_progress: Callback[Progress] | None,
     on_event: Callback[Event] | None,
@@ -172,13 +160,13 @@ def _ended(
     """The job as it ended: asked for once, then whenever it has changed."""
     deadline = math.inf if timeout is None else WORLD.clock() + timeout
     seen, progress = 0, None
-    job = yield from send(first)
+    job = yield from send(jobs.get(id))
     while True:
         if on_progress and job.progress and job.progress != progress:
             progress = job.progress
             yield Tell(on_progress, progress)
         if on_event:
-            for event in (yield from everything(history(seen))):
+            for event in (yield from everything(jobs.history(id, seen))):
                 seen = event.seq
                 yield Tell(on_event, event)
         if job.state in TERMINAL_STATES:
@@ -187,7 +175,7 @@ def _ended(
             raise WaitTimeoutError(job)
         yield Sleep(PAUSE)
         held = int(max(0.0, min(LONG_POLL, deadline - WORLD.clock())))
-        job = (yield from _patiently(change(job, held))) or job
+        job = (yield from _patiently(jobs.await_change(job, held))) or job
 
 
 def _patiently(call: Call[T]) -> Flow[T]:

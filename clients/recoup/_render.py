@@ -17,6 +17,7 @@ from recoup.schemas import (
     AlignmentState,
     Baseline,
     Cost,
+    CostEstimate,
     DamageReport,
     DiagnosisReport,
     DryRun,
@@ -145,14 +146,22 @@ def jobs_table(recoveries: Sequence[Recovery]) -> Table:
 
 
 def dry_run_lines(found: DryRun) -> list[str]:
-    """What would be done, what it would cost, and what preflight says."""
-    cost = found.estimate
+    """What would be done, what it would cost, and what it would be refused for."""
     return [
         *(clean(f"{choice.name}: {choice.value} ({choice.why})") for choice in found.plan),
-        f"estimate: {span(cost.seconds)}, {cost.tokens:,} tokens, "
-        f"{cost.memory_bytes / 2**30:.1f} GiB of memory, {cost.disk_bytes / 2**30:.1f} GiB of disk",
-        *(clean(f"note: {item.pointer or '/'}: {item.message}") for item in found.findings),
+        *([f"estimate: {estimate_line(found.estimate)}"] if found.estimate else []),
+        *(clean(f"refused: {item.pointer or '/'}: {item.message}") for item in found.findings),
     ]
+
+
+def estimate_line(cost: CostEstimate) -> str:
+    known = "no time, as this class of machine has finished no recovery yet"
+    if cost.seconds is not None:
+        known = f"{span(cost.seconds)} by {cost.calibrated_on} finished recoveries"
+    return (
+        f"{known}, {cost.tokens:,} tokens at most, "
+        f"{cost.memory_bytes / 2**30:.1f} GiB of memory, {cost.disk_bytes / 2**30:.1f} GiB of disk"
+    )
 
 
 def files_table(files: Sequence[File]) -> Table:
@@ -274,7 +283,8 @@ def _cost(cost: Cost, training: TrainingReport | None) -> str:
     seconds = span(sum(cost.stage_seconds.values()))
     steps = f"{training.steps} steps on {cost.tokens_trained:,} tokens" if training else "no training"
     memory = f"{cost.peak_memory_bytes / 2**30:.1f} GiB"
-    return f"{steps}, {cost.tokens_generated:,} generated; {seconds} and {memory} on {clean(cost.device)}"
+    spent = f"{steps}, {cost.tokens_generated:,} generated; {seconds} and {memory} on {clean(cost.device)}"
+    return f"{spent}\nexpected: {estimate_line(cost.estimate)}" if cost.estimate else spent
 
 
 def _estimate(estimate: Estimate | None) -> str:

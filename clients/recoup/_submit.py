@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial, wraps
-from http import HTTPStatus
 from inspect import Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
@@ -15,8 +14,7 @@ from pydantic import BaseModel
 from recoup import _render
 from recoup._session import Json, connected, show
 from recoup._watch import follow
-from recoup.errors import RecoupError
-from recoup.schemas import CreateRecovery, DryRun, Match, Recovery
+from recoup.schemas import CreateRecovery, Match
 
 if TYPE_CHECKING:
     from recoup.client import Client
@@ -139,20 +137,13 @@ def dry_run(asked: Asked, json: Json = False) -> None:
     with connected(json) as client:
         asked.check()
         try:
-            found = _found(client, asked.sent(partial(upload, client)))
+            found = client.recoveries.dry_run(**asked.sent(partial(upload, client)))
         finally:
             for id in uploaded:
                 client.files.delete(id)
         show(found, json, "\n".join(_render.dry_run_lines(found)))
-
-
-def _found(client: "Client", fields: dict[str, Any]) -> DryRun:
-    """The answer of a server that knows dry runs; what another one queued is taken back."""
-    raw = client.with_raw_response.recoveries.dry_run(**fields)
-    if raw.status != HTTPStatus.ACCEPTED:
-        return raw.parse()
-    queued = client.recoveries.cancel(Recovery.model_validate_json(raw.content).id)
-    raise RecoupError(f"This server knows no dry runs. It queued {queued.id}, which was cancelled.")
+        if found.findings:
+            raise typer.Exit(2)
 
 
 def given(**options: Any) -> dict[str, Any]:
@@ -169,6 +160,14 @@ def place_of(option: str | None, name: str) -> str | Path | None:
             f"'{option}' is no file here, and no id such as {_UNSENT}.", param_hint=f"'{name}'"
         )
     return Path(option)
+
+
+def pair_of(option: str) -> tuple[str, str]:
+    """`KEY=VALUE`."""
+    key, found, value = option.partition("=")
+    if not (key and found):
+        raise typer.BadParameter(f"'{option}' is no KEY=VALUE.", param_hint="'--metadata'")
+    return key, value
 
 
 def task_of(option: str) -> tuple[dict[str, str], str | Path]:

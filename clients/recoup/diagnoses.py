@@ -1,11 +1,18 @@
-"""`client.diagnoses`: how a student is damaged, without anything done about it."""
+"""`client.diagnoses`: how a student is damaged, without anything done about it.
+
+What each method takes and returns stands in the description that it is made of.
+"""
 
 from typing import Generic, TypeVar
 
-from recoup import _calls, _follow
-from recoup._resource import Lists, Runs, Sends
+from recoup import _calls
+from recoup._calls import DIAGNOSES
+from recoup._follow import Following
+from recoup._resource import Emits, Lists, Runs, Sends
+from recoup.schemas import Event
 
 M = TypeVar("M")
+FOLLOWING = Following(DIAGNOSES)
 
 
 class Diagnoses(Generic[M]):
@@ -15,10 +22,17 @@ class Diagnoses(Generic[M]):
         self._driver = driver
 
     create = Sends(_calls.create_diagnosis)
-    get = Sends(_calls.get_diagnosis)
-    cancel = Sends(_calls.cancel_diagnosis)
+    get = Sends(DIAGNOSES.get)
+    list = Lists(DIAGNOSES.list)
 
-    wait = Runs(_follow.wait_for_diagnosis)
-    history = Lists(_calls.list_diagnosis_events)
+    cancel = Sends(DIAGNOSES.cancel)
+    pause = Sends(DIAGNOSES.pause)
+    resume = Sends(DIAGNOSES.resume)
+    retry = Sends(DIAGNOSES.retry)
+    change = Sends(DIAGNOSES.change)
 
-    alignment = Sends(_calls.get_diagnosis_alignment)
+    wait = Runs(FOLLOWING.wait)
+    events = Emits(FOLLOWING.events, of=Event)
+    history = Lists(DIAGNOSES.history)
+
+    alignment = Sends(DIAGNOSES.alignment)

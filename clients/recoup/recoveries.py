@@ -5,11 +5,14 @@ What each method takes and returns stands in the description that it is made of.
 
 from typing import Generic, TypeVar
 
-from recoup import _calls, _download, _follow
+from recoup import _calls, _download
+from recoup._calls import RECOVERIES
+from recoup._follow import Following
 from recoup._resource import Emits, Lists, Runs, Sends
 from recoup.schemas import Event
 
 M = TypeVar("M")
+FOLLOWING = Following(RECOVERIES)
 
 
 class Recoveries(Generic[M]):
@@ -20,22 +23,22 @@ class Recoveries(Generic[M]):
 
     create = Sends(_calls.create_recovery)
     dry_run = Sends(_calls.dry_run)
-    get = Sends(_calls.get_recovery)
-    list = Lists(_calls.list_recoveries)
+    get = Sends(RECOVERIES.get)
+    list = Lists(RECOVERIES.list)
 
-    cancel = Sends(_calls.cancel_recovery)
-    pause = Sends(_calls.pause_recovery)
-    resume = Sends(_calls.resume_recovery)
-    retry = Sends(_calls.retry_recovery)
-    change = Sends(_calls.change_recovery)
+    cancel = Sends(RECOVERIES.cancel)
+    pause = Sends(RECOVERIES.pause)
+    resume = Sends(RECOVERIES.resume)
+    retry = Sends(RECOVERIES.retry)
+    change = Sends(RECOVERIES.change)
 
-    wait = Runs(_follow.wait)
-    events = Emits(_follow.events, of=Event)
-    history = Lists(_calls.list_events)
+    wait = Runs(FOLLOWING.wait)
+    events = Emits(FOLLOWING.events, of=Event)
+    history = Lists(RECOVERIES.history)
 
     report = Sends(_calls.get_report)
     report_html = Sends(_calls.get_report_html)
-    alignment = Sends(_calls.get_alignment)
+    alignment = Sends(RECOVERIES.alignment)
     recipe = Sends(_calls.get_recipe)
     artifacts = Lists(_calls.list_artifacts)
     download = Runs(_download.download)

@@ -17,9 +17,11 @@ from recoup_api.query import known_query
 from recoup_api.rates import Rates
 from recoup_api.watch import Watch
 from recoup_jobs.dispatch import Publish, celery_app, celery_publisher
+from recoup_jobs.inspection import Inspections
 from recoup_jobs.keys import Keyring
 from recoup_jobs.ledger import Ledger
 from recoup_jobs.openai_jobs import CreateJob
+from recoup_jobs.scrubber import scrub_logs
 from recoup_jobs.settings import Settings
 from recoup_jobs.signing import installation_secret
 from recoup_jobs.sweeper import Sweeper
@@ -44,6 +46,7 @@ def create_app(
 
     `publish` replaces the Celery broker of the settings. The caller keeps the ledger, and closes it.
     """
+    scrub_logs()
     if publish is None and settings.broker_url is not None:
         publish = celery_publisher(celery_app(settings.broker_url))
     sweeper = Sweeper(ledger, publish, settings) if publish and sweep else None
@@ -56,7 +59,7 @@ def create_app(
     )
     app.state.settings, app.state.ledger, app.state.sweeper = settings, ledger, sweeper
     app.state.watch, app.state.in_flight = Watch(ledger), InFlightKeys()
-    app.state.secret = installation_secret(settings)
+    app.state.secret, app.state.inspections = installation_secret(settings), Inspections()
     app.add_middleware(BodyLimit, larger_by_path={"/v1/files": files.LARGEST_UPLOAD})
     rates = Rates(settings.requests_per_second, settings.request_burst)
     app.add_middleware(Guard, keys=Keyring(ledger, settings.api_key), rates=rates)

@@ -11,10 +11,11 @@ from typing import Annotated, Any, TypeVar
 from fastapi import Depends, Request
 from pydantic import BaseModel, ValidationError
 
-from recoup.schemas import ChangeRecovery, CreateDiagnosis, CreateRecovery
+from recoup.schemas import ChangeRecovery, CreateDiagnosis, CreateRecovery, ProblemItem
 from recoup_jobs import strict_json
 from recoup_jobs.errors import Unprocessable, UnsupportedMedia
-from recoup_jobs.findings import items_of
+from recoup_jobs.findings import MOST_ITEMS, items_of, pointer, refuse
+from recoup_jobs.scrubber import places_of_secrets
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -36,10 +37,17 @@ def parse(model: type[M], raw: bytes) -> M:
         raise Unprocessable("body_required", "the body is empty; it must be a JSON object")
     value = strict_json.read(raw)
     try:
-        return model.model_validate(value)
+        read = model.model_validate(value)
     except ValidationError as error:
-        items = items_of(error, value)
-        raise Unprocessable(items[0].code, f"{items[0].pointer}: {items[0].message}", items) from None
+        refuse(items_of(error, value))
+        raise
+    refuse([_secret(place) for place in places_of_secrets(value)][:MOST_ITEMS])
+    return read
+
+
+def _secret(place: tuple[str | int, ...]) -> ProblemItem:
+    message = "this looks like a secret; it would be kept and shown to all who may read the job"
+    return ProblemItem(pointer=pointer(place), code="secret_refused", message=message)
 
 
 async def _json(request: Request) -> bytes:

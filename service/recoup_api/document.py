@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
-from recoup_api.examples import EXAMPLES, PROBLEM
+from recoup_api.examples import DRY_RUN, EXAMPLES, PROBLEM
 
 JSON, PROBLEM_JSON = "application/json", "application/problem+json"
 ALWAYS = frozenset({400, 401, 403, 422, 429, 431, 500, 503})
@@ -22,6 +22,7 @@ ALWAYS = frozenset({400, 401, 403, 422, 429, 431, 500, 503})
 OPEN = frozenset({400, 422, 431, 500})
 """What any route at all may answer."""
 CREATES = frozenset({408, 409, 413, 415, 507})
+CHANGES = frozenset({404, 409, 412})
 KEY = "Not asked for before the first key is made."
 DESCRIPTION = (
     "Restores language models that lost ability, and proves it. Errors are RFC 9457 problems: compare "
@@ -51,12 +52,12 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("get", "/v1/recoveries/{id}"): _o(
         "getRecovery", "Read a recovery, or wait for its next change", {404}, extra={304: "Not changed."}
     ),
-    ("post", "/v1/recoveries/{id}/cancel"): _o("cancelRecovery", "Stop a recovery", {404, 409}),
+    ("post", "/v1/recoveries/{id}/cancel"): _o("cancelRecovery", "Stop a recovery", CHANGES),
     ("patch", "/v1/recoveries/{id}"): _o(
-        "changeRecovery", "Change priority or metadata of a recovery", {404, 408, 409, 413, 415}
+        "changeRecovery", "Change priority or metadata of a recovery", CHANGES | {408, 413, 415}
     ),
-    ("post", "/v1/recoveries/{id}/pause"): _o("pauseRecovery", "Give a recovery's device back", {404, 409}),
-    ("post", "/v1/recoveries/{id}/resume"): _o("resumeRecovery", "Go on with a recovery", {404, 409}),
+    ("post", "/v1/recoveries/{id}/pause"): _o("pauseRecovery", "Give a recovery's device back", CHANGES),
+    ("post", "/v1/recoveries/{id}/resume"): _o("resumeRecovery", "Go on with a recovery", CHANGES),
     ("post", "/v1/recoveries/{id}/retry"): _o(
         "retryRecovery", "Repeat a recovery that failed or was cancelled", {400, 404, 409, 422}
     ),
@@ -86,11 +87,22 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         extra={206: "The range that was asked for."},
     ),
     ("post", "/v1/diagnoses"): _o("createDiagnosis", "Queue a diagnosis", CREATES),
+    ("get", "/v1/diagnoses"): _o("listDiagnoses", "List diagnoses, newest first, without their reports"),
     ("get", "/v1/diagnoses/{id}"): _o(
         "getDiagnosis", "Read a diagnosis, or wait for its next change", {404}, extra={304: "Not changed."}
     ),
-    ("post", "/v1/diagnoses/{id}/cancel"): _o("cancelDiagnosis", "Stop a diagnosis", {404, 409}),
-    ("get", "/v1/diagnoses/{id}/events"): _o("listDiagnosisEvents", "Read the history of a diagnosis", {404}),
+    ("patch", "/v1/diagnoses/{id}"): _o(
+        "changeDiagnosis", "Change priority or metadata of a diagnosis", CHANGES | {408, 413, 415}
+    ),
+    ("post", "/v1/diagnoses/{id}/cancel"): _o("cancelDiagnosis", "Stop a diagnosis", CHANGES),
+    ("post", "/v1/diagnoses/{id}/pause"): _o("pauseDiagnosis", "Give a diagnosis's device back", CHANGES),
+    ("post", "/v1/diagnoses/{id}/resume"): _o("resumeDiagnosis", "Go on with a diagnosis", CHANGES),
+    ("post", "/v1/diagnoses/{id}/retry"): _o(
+        "retryDiagnosis", "Repeat a diagnosis that failed or was cancelled", {404, 409}
+    ),
+    ("get", "/v1/diagnoses/{id}/events"): _o(
+        "listDiagnosisEvents", "Read or stream the history of a diagnosis", {404}, "text/event-stream"
+    ),
     ("get", "/v1/diagnoses/{id}/alignment"): _o(
         "getDiagnosisAlignment",
         "Read the alignment before, ceiling and floor",
@@ -110,6 +122,8 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("get", "/v1/fine_tuning/jobs"): _o("listFineTuningJobs", "List jobs, newest first"),
     ("get", "/v1/fine_tuning/jobs/{id}"): _o("getFineTuningJob", "Read a job", {404}),
     ("post", "/v1/fine_tuning/jobs/{id}/cancel"): _o("cancelFineTuningJob", "Stop a job", {404, 409}),
+    ("post", "/v1/fine_tuning/jobs/{id}/pause"): _o("pauseFineTuningJob", "Hold a job", {404, 409}),
+    ("post", "/v1/fine_tuning/jobs/{id}/resume"): _o("resumeFineTuningJob", "Go on with a job", {404, 409}),
     ("get", "/v1/fine_tuning/jobs/{id}/events"): _o(
         "listFineTuningEvents", "What happened, newest first", {404}
     ),
@@ -172,6 +186,8 @@ def _complete(operation: dict[str, Any], path: str, known: Operation) -> None:
     content |= {kind: {"schema": {"type": "string"}} for kind in known.kinds}
     responses[success] = {"description": known.summary + "."} | ({"content": content} if content else {})
     responses |= {str(status): {"description": text} for status, text in known.extra.items()}
+    if known.id == "createRecovery":
+        responses["200"]["content"][JSON]["example"] = DRY_RUN
     errors = known.errors | (OPEN if is_open else ALWAYS)
     responses |= {str(s): {"$ref": f"#/components/responses/Problem{s}"} for s in sorted(errors)}
 

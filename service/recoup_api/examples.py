@@ -5,8 +5,10 @@ from typing import Any
 from recoup.schemas import (
     Artifact,
     Capabilities,
+    CreateDiagnosis,
     CreateRecovery,
     DeletedFile,
+    Diagnosis,
     Event,
     File,
     ModelRef,
@@ -17,6 +19,8 @@ from recoup.schemas.webhook import Webhook
 from recoup_jobs.openai_jobs import as_checkpoint, as_job, as_job_event
 
 RECOVERY_ID, FILE_ID = "rec_5f0c9a1e7d3b4c2a8e6f1d09", "file-0123456789abcdef01234567"
+OTHER_ID, DIAGNOSIS_ID = "rec_a81d7c3f0e9b4d5c6f2a1b08", "dia_9e1b4f7a2c6d8e0b3a5f7c19"
+OTHER_DIAGNOSIS_ID = "dia_0c3e5a7b9d1f2e4c6a8b0d31"
 AT = 1764000000.0
 
 REQUEST = {
@@ -24,6 +28,32 @@ REQUEST = {
     "teacher": {"source": "its-original"},
     "prompts": {"file": FILE_ID},
     "metadata": {"ticket": "42"},
+}
+
+DRY_RUN = {
+    "object": "recovery.dry_run",
+    "plan": [
+        {
+            "name": "method",
+            "value": "off_policy",
+            "why": "the teacher's distribution on its own answers recovered most at equal cost",
+        },
+        {"name": "mode", "value": "full", "why": "what a pruned student must learn anew needs all weights"},
+    ],
+    "findings": [
+        {
+            "pointer": "/keep/file",
+            "code": "file_not_found",
+            "message": "there is no file of this id; upload one with POST /v1/files",
+        }
+    ],
+    "estimate": {
+        "tokens": 412_000,
+        "memory_bytes": 3_400_000_000,
+        "disk_bytes": 900_000_000,
+        "seconds": 1260.0,
+        "calibrated_on": 12,
+    },
 }
 
 CHANGE = {"priority": 50, "metadata": {"ticket": "43"}}
@@ -105,12 +135,34 @@ def _page(item: dict[str, Any]) -> dict[str, Any]:
     return {"object": "list", "data": [item], "has_more": False, "next_cursor": None}
 
 
+_SHARED = (Diagnosis.model_fields.keys() & _recovery.keys()) - {"id", "object", "request"}
+_diagnosis = Diagnosis(
+    id=DIAGNOSIS_ID,
+    object="diagnosis",
+    request=CreateDiagnosis.model_validate(DIAGNOSIS_REQUEST),
+    report=None,
+    **{name: _recovery[name] for name in _SHARED},
+).model_dump(mode="json")
+
 EXAMPLES: dict[str, Any] = {
     "createRecovery": _recovery,
     "listRecoveries": _page(_recovery),
     "getRecovery": _recovery,
     "cancelRecovery": _recovery | {"state": "cancelled", "finished_at": AT + 60, "version": 2},
+    "changeRecovery": _recovery | {"version": 2},
+    "pauseRecovery": _recovery | {"state": "paused", "version": 2},
+    "resumeRecovery": _recovery | {"version": 3},
+    "retryRecovery": _recovery | {"id": OTHER_ID, "retry_of": RECOVERY_ID},
     "listRecoveryEvents": _page(_event),
+    "createDiagnosis": _diagnosis,
+    "listDiagnoses": _page(_diagnosis),
+    "getDiagnosis": _diagnosis,
+    "changeDiagnosis": _diagnosis | {"version": 2},
+    "cancelDiagnosis": _diagnosis | {"state": "cancelled", "finished_at": AT + 60, "version": 2},
+    "pauseDiagnosis": _diagnosis | {"state": "paused", "version": 2},
+    "resumeDiagnosis": _diagnosis | {"version": 3},
+    "retryDiagnosis": _diagnosis | {"id": OTHER_DIAGNOSIS_ID, "retry_of": DIAGNOSIS_ID},
+    "listDiagnosisEvents": _page(_event),
     "listArtifacts": _page(_artifact),
     "createFile": _file,
     "listFiles": _page(_file),
@@ -120,6 +172,8 @@ EXAMPLES: dict[str, Any] = {
     "listFineTuningJobs": _page(_job),
     "getFineTuningJob": _job,
     "cancelFineTuningJob": _job | {"status": "cancelled", "finished_at": int(AT) + 60},
+    "pauseFineTuningJob": _job,
+    "resumeFineTuningJob": _job,
     "listFineTuningEvents": _page(_job_event),
     "listFineTuningCheckpoints": _page(_checkpoint),
     "createWebhook": _webhook | {"secret": "whsec_c2hvd24gb25jZQ=="},

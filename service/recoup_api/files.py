@@ -17,6 +17,7 @@ from recoup_jobs.answers import Answer
 from recoup_jobs.datasets import MOST_BYTES, Upload, delete_file, file_path, store_file
 from recoup_jobs.durable import CHUNK
 from recoup_jobs.quotas import require_room_for_file
+from recoup_jobs.scrubber import scrub
 
 router = APIRouter(prefix="/v1/files", tags=["files"], dependencies=[Depends(needs("files"))])
 
@@ -105,4 +106,4 @@ def _chunks(file: UploadFile) -> Iterator[bytes]:
 
 def _plain_name(filename: str) -> str:
     """For people to recognise it; it never becomes a path."""
-    return "".join(filter(str.isprintable, filename))[-255:] or "data.jsonl"
+    return scrub("".join(filter(str.isprintable, filename))[-255:]) or "data.jsonl"

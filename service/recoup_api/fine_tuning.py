@@ -11,10 +11,21 @@ from recoup.schemas import Event, Page, Recovery
 from recoup_api.body import body_of, documented
 from recoup_api.examples import JOB_REQUEST
 from recoup_api.idempotency import IdempotencyKey, Keep, answer_once
-from recoup_api.wiring import Limit, TheCaller, TheLedger, TheSettings, needs, of_kind, own_job
+from recoup_api.query import METADATA_PARAMETER, MetadataWanted
+from recoup_api.wiring import (
+    Limit,
+    TheCaller,
+    TheInspections,
+    TheLedger,
+    TheSettings,
+    needs,
+    of_kind,
+    own_job,
+)
 from recoup_jobs import catalog
 from recoup_jobs.answers import Answer
 from recoup_jobs.errors import BadRequest, NotFound, Unprocessable
+from recoup_jobs.filters import Wanted
 from recoup_jobs.findings import Findings
 from recoup_jobs.keys import Caller
 from recoup_jobs.ledger import Ledger
@@ -50,13 +61,14 @@ def create(
     ledger: TheLedger,
     settings: TheSettings,
     caller: TheCaller,
+    inspections: TheInspections,
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
     def make(keep: Keep) -> Answer:
         require_room_for_job(ledger, caller.tenant, settings.max_live_jobs)
         recovery = as_recovery(body, settings.aliases, _rows(ledger, caller, body))
         try:
-            preflight(recovery, ledger, settings)
+            preflight(recovery, ledger, settings, caller.tenant, inspections)
         except Unprocessable as refusal:
             raise in_words_of_job(refusal.items) from None
         made = ledger.create(
@@ -70,13 +82,18 @@ def create(
     return answer_once(request, idempotency_key, body.model_dump_json(), make)
 
 
-@router.get("")
+@router.get("", openapi_extra=METADATA_PARAMETER)
 def find(
-    ledger: TheLedger, settings: TheSettings, caller: TheCaller, after: AfterJob = None, limit: Limit = 20
+    ledger: TheLedger,
+    settings: TheSettings,
+    caller: TheCaller,
+    metadata: MetadataWanted,
+    after: AfterJob = None,
+    limit: Limit = 20,
 ) -> Page[dict[str, Any]]:
     if after is not None:
         _require_own_cursor(ledger, after, caller)
-    found = ledger.list(after, limit, None, caller.tenant)
+    found = ledger.list(after, limit, Wanted(metadata=metadata), caller.tenant)
     jobs = [as_job(recovery, settings.aliases, caller.tenant) for recovery in found.data]
     return Page(object="list", data=jobs, has_more=found.has_more, next_cursor=found.next_cursor)
 
@@ -89,6 +106,16 @@ def read(id: str, ledger: TheLedger, settings: TheSettings, caller: TheCaller) -
 @router.post("/{id}/cancel")
 def cancel(id: str, ledger: TheLedger, settings: TheSettings, caller: TheCaller) -> dict[str, Any]:
     return as_job(ledger.cancel(id), settings.aliases, caller.tenant)
+
+
+@router.post("/{id}/pause")
+def pause(id: str, ledger: TheLedger, settings: TheSettings, caller: TheCaller) -> dict[str, Any]:
+    return as_job(ledger.pause(id), settings.aliases, caller.tenant)
+
+
+@router.post("/{id}/resume")
+def resume(id: str, ledger: TheLedger, settings: TheSettings, caller: TheCaller) -> dict[str, Any]:
+    return as_job(ledger.resume(id), settings.aliases, caller.tenant)
 
 
 @router.get("/{id}/events")

@@ -42,13 +42,15 @@ class Guard:
             return await self._app(scope, receive, send)
         headers = Headers(scope=scope)
         request_id = _request_id(headers.get("x-request-id", ""))
+        also: dict[str, str] = {}
         bodiless = scope["method"] == "HEAD"
         if bodiless:  # what GET would answer, but for the body
             scope = {**scope, "method": "GET"}
 
         async def send_named(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update({"x-request-id": request_id} | SECURITY_HEADERS)
+                own = {"x-request-id": request_id} | SECURITY_HEADERS
+                MutableHeaders(scope=message).update(own | also)
                 await send(message)
                 if bodiless:
                     await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -58,7 +60,7 @@ class Guard:
         try:
             require_small_headers(scope)
             require_countable_body(headers)
-            caller = await self._admit(scope["path"], headers)
+            caller = await self._admit(scope["path"], headers, also)
         except RecoupError as refusal:
             return await answer(refusal, request_id, scope["path"])(scope, receive, send_named)
         except OUTAGES:
@@ -67,7 +69,8 @@ class Guard:
         scope.setdefault("state", {}).update(request_id=request_id, caller=caller)
         return await self._app(scope, receive, send_named)
 
-    async def _admit(self, path: str, headers: Headers) -> Caller:
+    async def _admit(self, path: str, headers: Headers, also: dict[str, str]) -> Caller:
+        """Who calls; where its rate stands becomes headers of whatever the answer is."""
         if path in OPEN_PATHS:
             return NOBODY
         key = _key(headers.get("authorization", ""))
@@ -77,7 +80,10 @@ class Guard:
         if key is None:
             _require_loopback(headers.get("host", ""))
         else:
-            self._rates.take(caller.key or caller.tenant)
+            try:
+                self._rates.take(caller.key or caller.tenant)
+            finally:
+                also |= self._rates.headers(caller.key or caller.tenant)
         return caller
 
 

@@ -21,6 +21,7 @@ from starlette.routing import Route
 from recoup.schemas import Problem, ProblemItem
 from recoup_jobs.errors import RecoupError, Unavailable, Unprocessable
 from recoup_jobs.findings import pointer
+from recoup_jobs.scrubber import scrub
 
 HEADERS_BY_STATUS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "5"}}
 OPENAI_PATHS = ("/v1/files", "/v1/fine_tuning")
@@ -54,10 +55,10 @@ def _problem(
         type=f"urn:recoup:problem:{code}",
         title=HTTPStatus(status).phrase,
         status=status,
-        detail=detail,
+        detail=scrub(detail),
         code=code,
         request_id=request_id,
-        errors=[*items],
+        errors=[item.model_copy(update={"message": scrub(item.message)}) for item in items],
     )
     sent = {"x-request-id": request_id} | HEADERS_BY_STATUS.get(status, {}) | dict(headers or {})
     content = problem.model_dump()

@@ -1,54 +1,39 @@
 """`/v1/recoveries`: create, follow, steer, and fetch what came of it."""
 
 import json
-import re
-from functools import partial
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends, Header, Query, Request, Response
-from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import FileResponse, StreamingResponse
-from sqlalchemy import Connection
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.responses import FileResponse
 
 from recoup.schemas import (
-    Alignment,
     Artifact,
-    ChangeRecovery,
     CreateRecovery,
-    Event,
+    DryRun,
     Page,
     Recovery,
     Report,
-    State,
 )
-from recoup.schemas.recovery import TERMINAL_STATES
-from recoup_api.body import ChangeBody, RecoveryBody, documented
-from recoup_api.cursors import seal, unseal
+from recoup_api.body import RecoveryBody, documented
 from recoup_api.downloads import Download
-from recoup_api.examples import CHANGE, REQUEST
+from recoup_api.dry_run import foresee
+from recoup_api.examples import REQUEST
 from recoup_api.idempotency import IdempotencyKey, Keep, answer_once
-from recoup_api.watch import etag, known_etags
+from recoup_api.jobs import NOT_OUR_PAGE, ByAccept, Kind, add_to, published
 from recoup_api.wiring import (
-    After,
-    Limit,
     TheCaller,
+    TheInspections,
     TheLedger,
     TheSettings,
-    TheWatch,
     needs,
     of_kind,
     own_job,
 )
 from recoup_jobs.answers import Answer
-from recoup_jobs.artifacts import RECIPE, Published, open_artifact, open_published
-from recoup_jobs.errors import BadRequest, Conflict, NotFound, RangeNotSatisfiable
-from recoup_jobs.kinds import kind_of
-from recoup_jobs.ledger import Ledger
+from recoup_jobs.artifacts import RECIPE, open_artifact
+from recoup_jobs.errors import NotFound, RangeNotSatisfiable
 from recoup_jobs.preflight import preflight
 from recoup_jobs.quotas import require_room_for_job
-from recoup_jobs.settings import Settings
-from recoup_jobs.stores import open_store
-from recoup_jobs.tenancy import require_own_files
 
 
 async def _one_range(request: Request) -> None:
@@ -56,26 +41,22 @@ async def _one_range(request: Request) -> None:
         raise RangeNotSatisfiable("range_not_satisfiable", "ask for one range of bytes at a time")
 
 
+PATH = "/v1/recoveries"
 router = APIRouter(
-    prefix="/v1/recoveries",
+    prefix=PATH,
     tags=["recoveries"],
     dependencies=[Depends(needs("jobs")), Depends(of_kind("recovery")), Depends(own_job)],
 )
 
-# A report shows what models wrote; whatever a browser makes of it, it is not this server's own page.
-NOT_OUR_PAGE = {"Content-Security-Policy": "sandbox allow-scripts", "X-Content-Type-Options": "nosniff"}
 
-ByAccept = Annotated[str, Header()]
-STREAM = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-
-PICTURES = {"text/csv": "csv", "image/svg+xml": "svg", "image/png": "png"}
-"""As what an alignment comes beside JSON."""
+RECOVERY = Kind("recovery", PATH, Recovery, Page[Recovery], lambda job, *_: job, lambda job: job)
 
 
 @router.post(
     "",
     status_code=202,
     response_model=Recovery,
+    responses={200: {"model": DryRun, "description": "With `dry_run`: nothing was queued."}},
     openapi_extra=documented(CreateRecovery, REQUEST),
 )
 def create(
@@ -84,110 +65,36 @@ def create(
     ledger: TheLedger,
     settings: TheSettings,
     caller: TheCaller,
+    inspections: TheInspections,
+    dry_run: bool = False,
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
+    """With `dry_run` nothing is queued: the answer is plan, findings and estimate."""
+    if dry_run:
+        found = foresee(body, ledger, settings, caller.tenant, inspections)
+        return Response(found.model_dump_json(), media_type="application/json")
+
     def make(keep: Keep) -> Answer:
         require_room_for_job(ledger, caller.tenant, settings.max_live_jobs)
-        require_own_files(ledger, body, caller.tenant)
-        preflight(body, ledger, settings)
-        with_answer = partial(_keep_accepted, keep)
-        return _accepted(ledger.create(body, settings.queue, caller.tenant, with_answer))
+        preflight(body, ledger, settings, caller.tenant, inspections)
+        return RECOVERY.accepted(
+            ledger.create(
+                body, settings.queue, caller.tenant, lambda conn, job: keep(conn, RECOVERY.accepted(job))
+            )
+        )
 
     return answer_once(request, idempotency_key, body.model_dump_json(), make)
 
 
-@router.get("")
-def find(
-    request: Request,
-    ledger: TheLedger,
-    caller: TheCaller,
-    after: After = None,
-    limit: Limit = 20,
-    state: State | None = None,
-) -> Page[Recovery]:
-    found = ledger.list(unseal(request, after, state or ""), limit, state, caller.tenant)
-    return found.model_copy(update={"next_cursor": seal(request, found.next_cursor, state or "")})
-
-
-@router.get("/{id}", response_model=Recovery)
-async def read(
-    id: str,
-    watch: TheWatch,
-    response: Response,
-    wait: Annotated[float, Query(ge=0, le=60)] = 0,
-    if_none_match: Annotated[str, Header(max_length=1000)] = "",
-) -> Recovery | Response:
-    """With `wait`, answers at the next change, or after so many seconds."""
-    known = known_etags(if_none_match)
-    recovery = await watch.newer(id, known, wait)
-    response.headers["ETag"] = etag(recovery)
-    return Response(status_code=304, headers=response.headers) if etag(recovery) in known else recovery
-
-
-@router.patch("/{id}", openapi_extra=documented(ChangeRecovery, CHANGE))
-def change(id: str, body: ChangeBody, ledger: TheLedger, response: Response) -> Recovery:
-    """Another priority, other metadata."""
-    recovery = ledger.change(id, body)
-    response.headers["ETag"] = etag(recovery)
-    return recovery
-
-
-@router.post("/{id}/cancel")
-def cancel(id: str, ledger: TheLedger) -> Recovery:
-    return ledger.cancel(id)
-
-
-@router.post("/{id}/pause")
-def pause(id: str, ledger: TheLedger) -> Recovery:
-    return ledger.pause(id)
-
-
-@router.post("/{id}/resume")
-def resume(id: str, ledger: TheLedger) -> Recovery:
-    return ledger.resume(id)
-
-
-@router.post("/{id}/retry", status_code=202, response_model=Recovery)
-def retry(id: str, request: Request, ledger: TheLedger, idempotency_key: IdempotencyKey = None) -> Response:
-    """A new recovery that repeats one which failed or was cancelled."""
-
-    def make(keep: Keep) -> Answer:
-        return _accepted(ledger.retry(id, partial(_keep_accepted, keep)))
-
-    return answer_once(request, idempotency_key, "", make)
-
-
-@router.get("/{id}/events", response_model=Page[Event])
-async def events(
-    id: str,
-    ledger: TheLedger,
-    watch: TheWatch,
-    after: Annotated[int, Query(ge=0, lt=2**31)] = 0,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-    accept: Annotated[str, Header()] = "",
-    last_event_id: Annotated[str | None, Header()] = None,
-) -> Page[Event] | Response:
-    """A page; or for `Accept: text/event-stream` all there are and will be, to the end of the job."""
-    if "text/event-stream" not in accept:
-        return await run_in_threadpool(ledger.events, id, after, limit)
-    since = after if last_event_id is None else _event_number(last_event_id)
-    return StreamingResponse(watch.stream(id, since), headers=STREAM, media_type="text/event-stream")
+add_to(router, RECOVERY)
 
 
 @router.get("/{id}/report", response_model=Report)
-def report(
-    id: str, ledger: TheLedger, settings: TheSettings, accept: Annotated[str, Header()] = ""
-) -> Download:
+def report(id: str, ledger: TheLedger, settings: TheSettings, accept: ByAccept = "") -> Download:
     """JSON, or one self-contained page for `Accept: text/html`."""
     name = "report.html" if "text/html" in accept else "report.json"
     headers = NOT_OUR_PAGE | {"Vary": "Accept"}
     return Download(open_artifact(published(id, ledger, settings), name), headers=headers)
-
-
-@router.get("/{id}/alignment", response_model=Alignment)
-def alignment(id: str, ledger: TheLedger, settings: TheSettings, accept: ByAccept = "") -> Download:
-    """JSON; or for `Accept: text/csv`, `image/svg+xml` or `image/png` the layers as a table or a picture."""
-    return alignment_file(id, ledger, settings, accept)
 
 
 @router.get("/{id}/recipe", response_class=FileResponse)
@@ -202,8 +109,8 @@ def recipe(id: str, ledger: TheLedger, settings: TheSettings) -> Download:
 
 @router.get("/{id}/artifacts")
 def artifacts(id: str, ledger: TheLedger, settings: TheSettings) -> Page[Artifact]:
-    found = published(id, ledger, settings).artifacts
-    return Page(object="list", data=[*found], has_more=False, next_cursor=None)
+    found = list(published(id, ledger, settings).artifacts)
+    return Page(object="list", data=found, has_more=False, next_cursor=None)
 
 
 @router.get("/{id}/artifacts/{path:path}", response_class=FileResponse, dependencies=[Depends(_one_range)])
@@ -211,40 +118,8 @@ def artifact(id: str, path: str, ledger: TheLedger, settings: TheSettings) -> Do
     return Download(open_artifact(published(id, ledger, settings), path), headers=NOT_OUR_PAGE)
 
 
-def alignment_file(id: str, ledger: Ledger, settings: Settings, accept: str) -> Download:
-    suffix = next((suffix for kind, suffix in PICTURES.items() if kind in accept), "json")
-    opened = open_artifact(published(id, ledger, settings), f"alignment.{suffix}")
-    return Download(opened, headers=NOT_OUR_PAGE | {"Vary": "Accept"})
-
-
-def _accepted(recovery: Recovery) -> Answer:
-    headers = {"Location": f"/v1/recoveries/{recovery.id}", "ETag": etag(recovery)}
-    return Answer(202, headers, recovery.model_dump_json())
-
-
-def _keep_accepted(keep: Keep, conn: Connection, recovery: Recovery) -> None:
-    keep(conn, _accepted(recovery))
-
-
-def _event_number(last_event_id: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,18}", last_event_id):
-        raise BadRequest("invalid_event_id", "Last-Event-ID must be the id of an event of this stream")
-    return min(int(last_event_id), 2**31 - 1)
-
-
 def _why_untrained(report: dict[str, Any]) -> str:
     if report["outcome"] == "not_needed":
         return "the student was as close to its teacher as rounding allows"
     method = next(choice["value"] for choice in report["plan"] if choice["name"] == "method")
     return f"the method of this recovery, {method}, changes weights without training"
-
-
-def published(id: str, ledger: Ledger, settings: Settings) -> Published:
-    """A job's artifacts, once nobody publishes any more."""
-    state = ledger.get(id).state
-    if state not in TERMINAL_STATES:
-        raise Conflict("not_finished", f"the {kind_of(id)} is {state}; its files are there once it has ended")
-    place = ledger.committed(id).get("package")
-    if place is None:
-        raise NotFound("no_artifacts", f"this {kind_of(id)} published no artifacts")
-    return open_published(open_store(settings), place)

@@ -7,6 +7,7 @@ from fastapi import Depends, Query, Request
 
 from recoup_api.watch import Watch
 from recoup_jobs.errors import Forbidden, NotFound
+from recoup_jobs.inspection import Inspections
 from recoup_jobs.keys import Caller
 from recoup_jobs.kinds import PREFIXES, JobKind, kind_of
 from recoup_jobs.ledger import Ledger
@@ -55,10 +56,16 @@ def needs(what: str) -> Callable[[Request], Awaitable[None]]:
     return check
 
 
+async def _inspections(request: Request) -> Inspections:
+    inspections: Inspections = request.app.state.inspections
+    return inspections
+
+
 TheLedger = Annotated[Ledger, Depends(_ledger)]
 TheSettings = Annotated[Settings, Depends(_settings)]
 TheWatch = Annotated[Watch, Depends(_watch)]
 TheCaller = Annotated[Caller, Depends(_caller)]
+TheInspections = Annotated[Inspections, Depends(_inspections)]
 
 
 def own_job(request: Request, ledger: TheLedger, caller: TheCaller) -> None:

@@ -50,11 +50,17 @@ def get(ledger: Ledger, id: str, tenant: str) -> File:
         return _file(_row(conn, id, tenant))
 
 
-def kind(ledger: Ledger, id: str) -> RowKind:
-    """What the rows of this file are."""
+def kind(ledger: Ledger, id: str, tenant: str | None = None) -> RowKind:
+    """What the rows of this file are; of this tenant's or, for a worker, of anybody's."""
     with ledger.reading() as conn:
-        found: RowKind = _row(conn, id).kind
+        found: RowKind = _row(conn, id, tenant).kind
         return found
+
+
+def rows(ledger: Ledger, id: str) -> int:
+    """How many this file has."""
+    with ledger.reading() as conn:
+        return int(_row(conn, id).rows)
 
 
 def find(

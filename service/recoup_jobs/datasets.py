@@ -81,10 +81,10 @@ def load_prompts(ledger: Ledger, settings: Settings, source: FilePrompts | Built
 
 
 def iter_prompts(
-    ledger: Ledger, settings: Settings, source: FilePrompts | BuiltinPrompts
+    ledger: Ledger, settings: Settings, source: FilePrompts | BuiltinPrompts, tenant: str | None = None
 ) -> Iterator[Prompt]:
-    """One at a time, for who needs only the first few."""
-    for row in read_rows(_prompts_path(ledger, settings, source)):
+    """One at a time, for who needs only the first few; of this tenant or, for a worker, of anybody."""
+    for row in read_rows(_prompts_path(ledger, settings, source, tenant)):
         if not isinstance(row, TextRow):
             yield row.as_prompt()
 
@@ -101,9 +101,9 @@ def read_rows(path: Path) -> Iterator[Row]:
             yield read_row(number, line)
 
 
-def require_kind(ledger: Ledger, id: str, kind: RowKind) -> None:
+def require_kind(ledger: Ledger, id: str, kind: RowKind, tenant: str | None = None) -> None:
     """Raises `NotFound` for an unknown file, `Unprocessable` for one that holds something else."""
-    found = catalog.kind(ledger, id)
+    found = catalog.kind(ledger, id, tenant)
     if found != kind:
         raise Unprocessable("wrong_rows", f"the file holds {found}; here it must hold {kind}")
 
@@ -135,12 +135,16 @@ def _written(chunks: Iterable[bytes], out: BinaryIO, digest: Any) -> Iterator[by
         yield chunk
 
 
-def _prompts_path(ledger: Ledger, settings: Settings, source: FilePrompts | BuiltinPrompts) -> Path:
+def _prompts_path(
+    ledger: Ledger, settings: Settings, source: FilePrompts | BuiltinPrompts, tenant: str | None
+) -> Path:
     if isinstance(source, BuiltinPrompts):
         return BUILTIN / f"{source.builtin}.jsonl"
-    return _path_of_kind(ledger, settings, source.file, "prompts")
+    return _path_of_kind(ledger, settings, source.file, "prompts", tenant)
 
 
-def _path_of_kind(ledger: Ledger, settings: Settings, id: str, kind: RowKind) -> Path:
-    require_kind(ledger, id, kind)
+def _path_of_kind(
+    ledger: Ledger, settings: Settings, id: str, kind: RowKind, tenant: str | None = None
+) -> Path:
+    require_kind(ledger, id, kind, tenant)
     return file_path(settings, id)

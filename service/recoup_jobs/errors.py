@@ -9,6 +9,7 @@
     ├── Conflict              409  not in this state
     │   ├── StaleClaim             a writer whose claim on a job has passed to another
     │   └── InFlight               the same request is at work already
+    ├── PreconditionFailed    412  it has changed since
     ├── TooLarge              413
     ├── UnsupportedMedia      415
     ├── RangeNotSatisfiable   416
@@ -71,6 +72,10 @@ class StaleClaim(Conflict):
 
 class InFlight(Conflict):
     retry_after = 1
+
+
+class PreconditionFailed(RecoupError):
+    status = 412
 
 
 class TooLarge(RecoupError):

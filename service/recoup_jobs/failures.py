@@ -12,6 +12,7 @@ from typing import Any
 from sqlalchemy import Row
 
 from recoup.schemas import JobError
+from recoup_jobs.scrubber import scrub
 
 OUT_OF_MEMORY, STORAGE_FULL = "out_of_memory", "storage_full"
 
@@ -40,4 +41,4 @@ def judge(job: Row[Any], error: JobError, retry: bool, max_failures: int) -> Ver
     if code == OUT_OF_MEMORY:
         counts |= {"memory_failures": job.memory_failures + 1}
         again = job.memory_failures == 0
-    return Verdict(JobError(code=code, message=error.message).model_dump(), counts, again)
+    return Verdict(JobError(code=code, message=scrub(error.message)).model_dump(), counts, again)

@@ -35,9 +35,14 @@ class Findings:
             self.items.append(ProblemItem(pointer=pointer, code=error.code, message=error.message))
 
     def raise_if_any(self) -> None:
-        if self.items:
-            first = self.items[0]
-            raise Unprocessable(first.code, f"{first.pointer}: {first.message}", self.items)
+        refuse(self.items)
+
+
+def refuse(items: Sequence[ProblemItem]) -> None:
+    """Raises `Unprocessable` if there is anything to refuse."""
+    if items:
+        first = items[0]
+        raise Unprocessable(first.code, f"{first.pointer}: {first.message}", items)
 
 
 def items_of(error: ValidationError, sent: Any) -> list[ProblemItem]:

@@ -11,6 +11,7 @@ from sqlalchemy import ColumnElement, Connection, Row, case, insert, update
 from recoup.schemas import State
 from recoup.schemas.recovery import TERMINAL_STATES
 from recoup_jobs.lifecycle import HELD_STATES, check
+from recoup_jobs.scrubber import scrubbed
 from recoup_jobs.tables import events, jobs, now
 
 EventType = Literal["state", "stage", "metric", "log"]
@@ -39,7 +40,8 @@ def append(conn: Connection, job_id: str, epoch: int, type: EventType, data: dic
     """The job's next event. The row's own counter numbers it, under the row's lock: no gap, no twin."""
     counted = update(jobs).where(jobs.c.id == job_id).values(last_seq=jobs.c.last_seq + 1)
     seq = conn.execute(counted.returning(jobs.c.last_seq)).scalar_one()
-    row = {"job_id": job_id, "seq": seq, "epoch": epoch, "type": type, "data": data, "at": now()}
+    told = scrubbed(data)
+    row = {"job_id": job_id, "seq": seq, "epoch": epoch, "type": type, "data": told, "at": now()}
     conn.execute(insert(events).values(row))
 
 

@@ -21,13 +21,13 @@ from recoup.schemas import (
     Progress,
     Recovery,
     Stage,
-    State,
 )
 from recoup_jobs import verbs
 from recoup_jobs.claims import Claim, abandoned, claim_of, fence, give_back, held_by, take, without_worker
 from recoup_jobs.database import READ_ONLY, connect, migrate, patiently
-from recoup_jobs.errors import BadRequest, Conflict, NotFound
+from recoup_jobs.errors import BadRequest, Conflict, NotFound, PreconditionFailed
 from recoup_jobs.failures import judge
+from recoup_jobs.filters import EVERY, Wanted
 from recoup_jobs.history import EventType, append, move
 from recoup_jobs.kinds import JOB_ID, PREFIXES, JobKind, kind_of, new_id
 from recoup_jobs.pages import page
@@ -100,13 +100,17 @@ class Ledger:
             return _recovery(_job(conn, id))
 
     def list(
-        self, after: str | None, limit: int, state: State | None = None, tenant: str = DEFAULT_TENANT
+        self,
+        after: str | None,
+        limit: int,
+        wanted: Wanted = EVERY,
+        tenant: str = DEFAULT_TENANT,
+        kind: JobKind = "recovery",
     ) -> Page[Recovery]:
-        """Newest first, from the recovery that came before `after`."""
-        wanted = jobs.c.tenant == tenant, jobs.c.id.startswith(PREFIXES["recovery"], autoescape=True)
-        query = select(jobs).where(*wanted).order_by(jobs.c.number.desc()).limit(limit + 1)
-        if state is not None:
-            query = query.where(jobs.c.state == state)
+        """Newest first, from the job that came before `after`."""
+        own = jobs.c.tenant == tenant, jobs.c.id.startswith(PREFIXES[kind], autoescape=True)
+        query = select(jobs).where(*own, *wanted.conditions())
+        query = query.order_by(jobs.c.number.desc()).limit(limit + 1)
         with self.reading() as conn:
             if after is not None:
                 query = query.where(jobs.c.number < _cursor(conn, after))
@@ -121,20 +125,22 @@ class Ledger:
             found = [as_event(row) for row in conn.execute(query.limit(limit + 1))]
         return page(found, limit, lambda event: str(event.seq))
 
-    def cancel(self, id: str) -> Recovery:
-        return self._ask(id, verbs.cancel)
+    # `version`: that the job must still have; a `PreconditionFailed` else.
 
-    def pause(self, id: str) -> Recovery:
-        return self._ask(id, verbs.pause)
+    def cancel(self, id: str, version: int | None = None) -> Recovery:
+        return self._ask(id, verbs.cancel, version)
 
-    def resume(self, id: str) -> Recovery:
-        return self._ask(id, verbs.resume)
+    def pause(self, id: str, version: int | None = None) -> Recovery:
+        return self._ask(id, verbs.pause, version)
 
-    def change(self, id: str, asked: ChangeRecovery) -> Recovery:
-        return self._ask(id, lambda conn, job: verbs.change(conn, job, asked))
+    def resume(self, id: str, version: int | None = None) -> Recovery:
+        return self._ask(id, verbs.resume, version)
+
+    def change(self, id: str, asked: ChangeRecovery, version: int | None = None) -> Recovery:
+        return self._ask(id, lambda conn, job: verbs.change(conn, job, asked), version)
 
     def retry(self, id: str, also: Also = lambda *_: None) -> Recovery:
-        """A new recovery for one that failed or was cancelled; it takes over what was committed.
+        """A new job for one that failed or was cancelled; it takes over what was committed.
 
         What `also` writes is there with it, or neither is.
         """
@@ -145,9 +151,13 @@ class Ledger:
             also(conn, recovery)
             return recovery
 
-    def _ask(self, id: str, verb: Callable[[Connection, Row[Any]], None]) -> Recovery:
+    def _ask(self, id: str, verb: Callable[[Connection, Row[Any]], None], version: int | None) -> Recovery:
         with self.engine.begin() as conn:
-            verb(conn, _job(conn, id, lock=True))
+            job = _job(conn, id, lock=True)
+            if version not in (None, job.version):
+                message = f"the job is at version {job.version} by now, not {version}; read it again"
+                raise PreconditionFailed("precondition_failed", message)
+            verb(conn, job)
             return _recovery(_job(conn, id))
 
     # What the sweeper does

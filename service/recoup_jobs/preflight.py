@@ -2,30 +2,36 @@
 
 `preflight` runs where the request arrives, before a row is written, and again as the first
 stage of the job. It never loads a tensor. A finding has the pointer of the field that is
-to be changed.
+to be changed. `look` finds the same and refuses nothing: that is what a dry run asks for.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from recoup.schemas import BuiltinPrompts, CreateRecovery, FilePrompts, ModelRef, TaskSpec
+from recoup.schemas import (
+    BuiltinPrompts,
+    CreateRecovery,
+    FilePrompts,
+    ModelRef,
+    ProblemItem,
+    Prompt,
+    TaskSpec,
+)
 from recoup.schemas.request import MODEL_KINDS
 from recoup_jobs.datasets import iter_prompts, require_kind
 from recoup_jobs.errors import Unprocessable
-from recoup_jobs.findings import Findings
+from recoup_jobs.estimate import machine_of, sizes_of
+from recoup_jobs.findings import Findings, refuse
+from recoup_jobs.inspection import Inspections, Model
 from recoup_jobs.ledger import Ledger
+from recoup_jobs.machines import most_memory
+from recoup_jobs.rows import RowKind
 from recoup_jobs.settings import Settings
-from recoup_jobs.sources import (
-    check_weights,
-    locate,
-    read_chat_template,
-    read_config,
-    read_quantizer,
-    read_vocabulary,
-    refuse_remote_code,
-)
+from recoup_jobs.sources import locate
 
+SMALL_BYTES = 1 << 30
+"""A model that fits into any worker."""
 FEWEST_PROMPTS = 48
 """Distinct ones: fewer cannot be split into training, validation and test."""
 
@@ -37,30 +43,59 @@ HIDDEN_SIZE_KEYS = ("hidden_size", "n_embd", "d_model")
 
 
 @dataclass(frozen=True)
-class ModelFolders:
-    """Where the two models lie, links resolved."""
+class Shelf:
+    """The data sets that a request may name."""
 
-    student: Path
-    teacher: Path
+    ledger: Ledger
+    settings: Settings
+    tenant: str | None
+    """Whose they must be; None: anybody's."""
+
+    def prompts(self, source: FilePrompts | BuiltinPrompts) -> Iterator[Prompt]:
+        return iter_prompts(self.ledger, self.settings, source, self.tenant)
+
+    def require(self, source: FilePrompts, kind: RowKind) -> None:
+        require_kind(self.ledger, source.file, kind, self.tenant)
 
 
 @dataclass(frozen=True)
-class Model:
-    """What the folder of one model says about it."""
+class Look:
+    """What is known of a request's models, and what is wrong with the request."""
 
-    path: Path
-    config: dict[str, Any]
-    quantizer: str | None
-    """Which method packed its weights, if one did."""
-    vocabulary: dict[str, int] | None
-    chat_template: Any
+    student: Model | None
+    teacher: Model | None
+    findings: list[ProblemItem]
 
 
-def preflight(request: CreateRecovery, ledger: Ledger, settings: Settings) -> ModelFolders:
-    """The folders to work with; raises `Unprocessable` with every finding."""
+def preflight(
+    request: CreateRecovery,
+    ledger: Ledger,
+    settings: Settings,
+    tenant: str | None = None,
+    inspections: Inspections | None = None,
+) -> Look:
+    """Raises `Unprocessable` with every finding.
+
+    Args:
+        tenant: whose files are there to be named; None, for a worker: anybody's.
+        inspections: what a process that looks often has seen of model folders.
+    """
+    seen = look(request, ledger, settings, tenant, inspections)
+    refuse(seen.findings)
+    return seen
+
+
+def look(
+    request: CreateRecovery,
+    ledger: Ledger,
+    settings: Settings,
+    tenant: str | None = None,
+    inspections: Inspections | None = None,
+) -> Look:
     findings = Findings()
-    student = _inspect(findings, "/student/source", request.student, settings)
-    teacher = _inspect(findings, "/teacher/source", request.teacher, settings)
+    known = inspections or Inspections()
+    student = _inspected(findings, "/student/source", request.student, settings, known)
+    teacher = _inspected(findings, "/teacher/source", request.teacher, settings, known)
     if student and teacher:
         _compare(findings, student, teacher)
     if student:
@@ -69,21 +104,21 @@ def preflight(request: CreateRecovery, ledger: Ledger, settings: Settings) -> Mo
         _check_packed(findings, request, student.quantizer)
     elif student:
         _check_plain(findings, request)
-    _check_data(findings, request, ledger, settings)
-    findings.raise_if_any()
-    assert student and teacher, "a model that could not be read is a finding"
-    return ModelFolders(student.path, teacher.path)
+    for pointer, model in (("/student/source", student), ("/teacher/source", teacher)):
+        if model and model.tensors:
+            with findings.at(pointer):
+                _require_a_machine(model, ledger, settings.queue)
+    _check_data(findings, request, Shelf(ledger, settings, tenant))
+    return Look(student, teacher, findings.items)
 
 
-def _inspect(findings: Findings, pointer: str, ref: ModelRef, settings: Settings) -> Model | None:
+def _inspected(
+    findings: Findings, pointer: str, ref: ModelRef, settings: Settings, known: Inspections
+) -> Model | None:
     with findings.at(pointer):
-        folder = locate(ref.source, settings.model_roots)
-        with findings.at(pointer):
-            refuse_remote_code(folder)
-        with findings.at(pointer):
-            check_weights(folder)
-        config, vocabulary = read_config(folder), read_vocabulary(folder)
-        return Model(folder.path, config, read_quantizer(config), vocabulary, read_chat_template(folder))
+        found = known.of(locate(ref.source, settings.model_roots))
+        findings.items += [ProblemItem(pointer=pointer, code=c, message=m) for c, m in found.faults]
+        return found.model
     return None
 
 
@@ -108,7 +143,7 @@ def _require_same_architecture(student: Model, teacher: Model) -> None:
 
 
 def _require_same_width(student: Model, teacher: Model) -> None:
-    ours, theirs = (_config_value(model, *HIDDEN_SIZE_KEYS) for model in (student, teacher))
+    ours, theirs = (config_value(model, *HIDDEN_SIZE_KEYS) for model in (student, teacher))
     if ours != theirs:
         message = f"hidden size {_shown(ours)} of the student is not the teacher's {_shown(theirs)}"
         raise Unprocessable("incompatible_models", message)
@@ -134,6 +169,17 @@ def _require_same_template(student: Model, teacher: Model) -> None:
         raise Unprocessable("chat_template_mismatch", message)
 
 
+def _require_a_machine(model: Model, ledger: Ledger, queue: str) -> None:
+    """Some worker of this class can hold the weights; where none has told of itself, one may come."""
+    needed = sizes_of(model, None, None).loaded_bytes(machine_of(queue))
+    if needed < SMALL_BYTES:
+        return
+    there_is = most_memory(ledger, queue)
+    if there_is is not None and needed > there_is:
+        message = f"the weights alone take {needed >> 20} MiB; the largest {queue} has {there_is >> 20} MiB"
+        raise Unprocessable("no_capable_worker", message)
+
+
 def _check_plain(findings: Findings, request: CreateRecovery) -> None:
     with findings.at("/output/kind"):
         if request.output.kind == "requantized":
@@ -155,7 +201,7 @@ def _check_packed(findings: Findings, request: CreateRecovery, quantizer: str) -
 
 
 def _check_layers(findings: Findings, request: CreateRecovery, student: Model) -> None:
-    layers, depth = request.alignment.layers, _config_value(student, *DEPTH_KEYS)
+    layers, depth = request.alignment.layers, config_value(student, *DEPTH_KEYS)
     if layers != "all" and isinstance(depth, int) and max(layers) >= depth:
         with findings.at("/alignment/layers"):
             message = (
@@ -164,26 +210,26 @@ def _check_layers(findings: Findings, request: CreateRecovery, student: Model) -
             raise Unprocessable("unsupported_request", message)
 
 
-def _check_data(findings: Findings, request: CreateRecovery, ledger: Ledger, settings: Settings) -> None:
+def _check_data(findings: Findings, request: CreateRecovery, shelf: Shelf) -> None:
     with findings.at("/prompts/builtin" if isinstance(request.prompts, BuiltinPrompts) else "/prompts/file"):
-        _require_enough(request.prompts, ledger, settings)
-    if request.method.type in FROM_REFERENCES:
-        with findings.at("/method/type"):
-            _require_a_reference(request, ledger, settings)
+        _require_enough(shelf.prompts(request.prompts))
+        if request.method.type in FROM_REFERENCES:
+            with findings.at("/method/type"):
+                _require_a_reference(request.method.type, shelf.prompts(request.prompts))
     if request.keep is not None:
         with findings.at("/keep/file"):
-            require_kind(ledger, request.keep.file, "prompts")
+            shelf.require(request.keep, "prompts")
     if request.evaluation.natural_text is not None:
         with findings.at("/evaluation/natural_text/file"):
-            require_kind(ledger, request.evaluation.natural_text.file, "text")
+            shelf.require(request.evaluation.natural_text, "text")
     for index, task in enumerate(request.evaluation.tasks):
         with findings.at(f"/evaluation/tasks/{index}/file"):
-            _require_references(task, ledger, settings)
+            _require_references(task, shelf.prompts(FilePrompts(file=task.file)))
 
 
-def _require_enough(source: FilePrompts | BuiltinPrompts, ledger: Ledger, settings: Settings) -> None:
+def _require_enough(prompts: Iterable[Prompt]) -> None:
     distinct: set[str] = set()
-    for prompt in iter_prompts(ledger, settings, source):
+    for prompt in prompts:
         distinct.add(prompt.model_dump_json(include={"messages"}))
         if len(distinct) >= FEWEST_PROMPTS:
             return
@@ -191,19 +237,18 @@ def _require_enough(source: FilePrompts | BuiltinPrompts, ledger: Ledger, settin
     raise Unprocessable("too_few_prompts", message)
 
 
-def _require_a_reference(request: CreateRecovery, ledger: Ledger, settings: Settings) -> None:
+def _require_a_reference(method: str, prompts: Iterable[Prompt]) -> None:
     """Rows without one are left out of such training; where none has one, nothing is left."""
-    if not any(prompt.completion for prompt in iter_prompts(ledger, settings, request.prompts)):
+    if not any(prompt.completion for prompt in prompts):
         message = (
-            f"{request.method.type} learns from reference answers, and no prompt has one; "
+            f"{method} learns from reference answers, and no prompt has one; "
             "give `prompts` as a file whose rows have a completion"
         )
         raise Unprocessable("missing_reference", message)
 
 
-def _require_references(task: TaskSpec, ledger: Ledger, settings: Settings) -> None:
+def _require_references(task: TaskSpec, prompts: Iterable[Prompt]) -> None:
     """A row without a right answer would be wrong whatever a model says."""
-    prompts = iter_prompts(ledger, settings, FilePrompts(file=task.file))
     for row, reference in enumerate((prompt.completion or "" for prompt in prompts), start=1):
         if not reference.strip():
             raise Unprocessable("missing_reference", f"row {row} has no completion; a task needs one in each")
@@ -212,7 +257,7 @@ def _require_references(task: TaskSpec, ledger: Ledger, settings: Settings) -> N
             raise Unprocessable("missing_reference", message)
 
 
-def _config_value(model: Model, *names: str) -> Any:
+def config_value(model: Model, *names: str) -> Any:
     """The first of these keys that the configuration has, at its top or in its text part."""
     text = model.config.get("text_config")
     for part in (model.config, text if isinstance(text, dict) else {}):
@@ -223,7 +268,7 @@ def _config_value(model: Model, *names: str) -> Any:
 
 
 def _logits(model: Model) -> Any:
-    return _config_value(model, "vocab_size")
+    return config_value(model, "vocab_size")
 
 
 def _vocabulary(model: Model) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic_core import from_json
 
 from recoup_jobs.errors import Unprocessable
-from recoup_jobs.weights import read_header
+from recoup_jobs.weights import TensorInfo, read_header
 
 LONGEST_JSON = 100_000_000
 CONFIG_FILES = ("config.json", "generation_config.json", "tokenizer_config.json")
@@ -112,18 +112,17 @@ def refuse_remote_code(model: ModelFolder) -> None:
             raise Unprocessable("remote_code_refused", message)
 
 
-def check_weights(model: ModelFolder) -> None:
-    """Raises unless the folder holds sound safetensors weights, whole or in shards."""
+def check_weights(model: ModelFolder) -> dict[str, TensorInfo]:
+    """The tensors of sound safetensors weights, whole or in shards; raises where the folder has none."""
     index = model.json(WEIGHTS_INDEX)
     if index is not None:
-        _check_shards(model, index.get("weight_map"))
-    elif (whole := model.file(WEIGHTS)) is not None:
-        read_header(whole)
-    elif unsafe := sorted(path.name for path in model.path.iterdir() if path.suffix in UNSAFE_SUFFIXES):
+        return _check_shards(model, index.get("weight_map"))
+    if (whole := model.file(WEIGHTS)) is not None:
+        return read_header(whole)
+    if unsafe := sorted(path.name for path in model.path.iterdir() if path.suffix in UNSAFE_SUFFIXES):
         message = f"{unsafe[0]} may carry code (pickle); convert the weights to safetensors"
         raise Unprocessable("unsafe_weights_format", message)
-    else:
-        raise Unprocessable("weights_not_found", f"the folder has neither {WEIGHTS} nor {WEIGHTS_INDEX}")
+    raise Unprocessable("weights_not_found", f"the folder has neither {WEIGHTS} nor {WEIGHTS_INDEX}")
 
 
 def read_vocabulary(model: ModelFolder) -> dict[str, int] | None:
@@ -167,18 +166,20 @@ def _code_keys(value: Any) -> Iterator[str]:
             yield from _code_keys(inner)
 
 
-def _check_shards(model: ModelFolder, weight_map: Any) -> None:
+def _check_shards(model: ModelFolder, weight_map: Any) -> dict[str, TensorInfo]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise Unprocessable("corrupt_weights", f"{WEIGHTS_INDEX} has no weight_map")
-    shards = set(map(str, weight_map.values()))
-    tensors = {name for shard in sorted(shards) for name in _read_shard(model, shard)}
-    if missing := sorted(set(weight_map) - tensors):
+    tensors: dict[str, TensorInfo] = {}
+    for shard in sorted(set(map(str, weight_map.values()))):
+        tensors |= _read_shard(model, shard)
+    if missing := sorted(weight_map.keys() - tensors.keys()):
         message = f"no shard holds {missing[0][:200]} ({len(missing)} tensors missing)"
         raise Unprocessable("corrupt_weights", message)
+    return tensors
 
 
-def _read_shard(model: ModelFolder, shard: str) -> Iterator[str]:
+def _read_shard(model: ModelFolder, shard: str) -> dict[str, TensorInfo]:
     place = model.file(shard) if Path(shard).name == shard and shard.endswith(".safetensors") else None
     if place is None:
         raise Unprocessable("corrupt_weights", f"{WEIGHTS_INDEX} names a shard that is not in the folder")
-    yield from read_header(place)
+    return read_header(place)

@@ -166,6 +166,31 @@ deliveries = Table(
 )
 
 
+calibrations = Table(
+    "calibrations",
+    metadata,
+    Column("number", Number, primary_key=True, autoincrement=True),
+    Column("queue", String(64), nullable=False, index=True),
+    Column("job_id", String(32), nullable=False),
+    Column("stage", String(16), nullable=False),
+    Column("mode", String(16), nullable=False),
+    Column("parameters", BigInteger, nullable=False),
+    Column("work", Double, nullable=False),
+    Column("seconds", Double, nullable=False),
+    Column("at", Double, nullable=False),
+)
+
+
+machines = Table(
+    "machines",
+    metadata,
+    Column("owner", String(200), primary_key=True),
+    Column("queue", String(64), nullable=False, index=True),
+    Column("memory_bytes", BigInteger, nullable=False),
+    Column("seen_at", Double, nullable=False),
+)
+
+
 class now(FunctionElement[float]):  # noqa: N801 - an SQL function
     """Unix seconds by the database's clock: leases never compare the clocks of two machines."""
 

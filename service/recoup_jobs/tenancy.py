@@ -1,13 +1,8 @@
-"""Whose things are: another tenant's recovery or file is as unknown as one that never was."""
-
-from collections.abc import Iterator
+"""Whose things are: another tenant's job is as unknown as one that never was."""
 
 from sqlalchemy import bindparam, select
 
-from recoup.schemas import CreateRecovery, FilePrompts
-from recoup_jobs import catalog
 from recoup_jobs.errors import NotFound
-from recoup_jobs.findings import Findings
 from recoup_jobs.kinds import JOB_ID, kind_of
 from recoup_jobs.ledger import Ledger
 from recoup_jobs.tables import jobs
@@ -20,23 +15,3 @@ def require_own_job(ledger: Ledger, id: str, tenant: str) -> None:
         if not JOB_ID.fullmatch(id) or conn.execute(_OWN, {"id": id, "tenant": tenant}).first() is None:
             kind = kind_of(id)
             raise NotFound(f"{kind}_not_found", f"there is no {kind} of this id")
-
-
-def require_own_files(ledger: Ledger, request: CreateRecovery, tenant: str) -> None:
-    """Raises `Unprocessable` naming each file that this tenant does not have."""
-    findings = Findings()
-    for pointer, id in _files(request):
-        with findings.at(pointer):
-            catalog.get(ledger, id, tenant)
-    findings.raise_if_any()
-
-
-def _files(request: CreateRecovery) -> Iterator[tuple[str, str]]:
-    if isinstance(request.prompts, FilePrompts):
-        yield "/prompts/file", request.prompts.file
-    if request.keep is not None:
-        yield "/keep/file", request.keep.file
-    if request.evaluation.natural_text is not None:
-        yield "/evaluation/natural_text/file", request.evaluation.natural_text.file
-    for index, task in enumerate(request.evaluation.tasks):
-        yield f"/evaluation/tasks/{index}/file", task.file

@@ -92,8 +92,14 @@ ENDLESS = (*RUN,)
 DRY_RUN = {
     "object": "recovery.dry_run",
     "plan": [{"name": "method", "value": "off_policy", "why": "the student was pruned"}],
-    "findings": [{"pointer": "/prompts", "code": "few_prompts", "message": "60 prompts are few"}],
-    "estimate": {"tokens": 12_000, "memory_bytes": 2**31, "disk_bytes": 2**29, "seconds": 200.0},
+    "findings": [],
+    "estimate": {
+        "tokens": 12_000,
+        "memory_bytes": 2**31,
+        "disk_bytes": 2**29,
+        "seconds": 200.0,
+        "calibrated_on": 3,
+    },
 }
 
 
@@ -111,7 +117,7 @@ class FakeService:
         self.diagnoses: deque[tuple[int, bytes]] = deque()
         """Status and body of each answer below `/v1/diagnoses`, in turn."""
         self.key: str | None = None
-        self.knows_dry_runs = True
+        self.dry_run = DRY_RUN
         self.faults: deque[Fault | None] = deque()
         self.tears: deque[int] = deque()
         """After so many events a stream breaks in the middle of the next one; one number a stream."""
@@ -196,8 +202,8 @@ class FakeService:
         return routes[verb](request, id)
 
     def _create(self, request: Request) -> tuple[int, bytes]:
-        if self.knows_dry_runs and request.query.get("dry_run") == "true":
-            return _json(200, DRY_RUN)
+        if request.query.get("dry_run") == "true":
+            return _json(200, self.dry_run)
         return self._queue(CreateRecovery.model_validate_json(request.body).model_dump(mode="json"))
 
     def _queue(self, asked: dict[str, Any], retry_of: str | None = None) -> tuple[int, bytes]:

@@ -3,12 +3,13 @@
 import pytest
 
 from recoup import CreateRecovery, InvalidArgumentError, _calls
+from recoup._calls import DIAGNOSES, RECOVERIES
 
 
 @pytest.mark.parametrize("id", ["", "..", "a/b", "a?b", "a\n", "%2e", "-a", "a b", "é", "a" * 129])
 def test_an_id_that_could_address_another_route_is_refused(id):
     with pytest.raises(InvalidArgumentError, match="is no id of a"):
-        _calls.get_recovery(id)
+        RECOVERIES.get(id)
     with pytest.raises(ValueError):
         _calls.get_file(id)
 
@@ -30,22 +31,41 @@ def test_only_what_the_caller_set_is_sent():
 
 
 def test_what_was_not_given_is_not_in_the_query():
-    assert _calls.list_recoveries(None, None).query == ()
-    assert _calls.list_recoveries("c", 5).query == (("after", "c"), ("limit", "5"))
+    assert RECOVERIES.list(None, None).query == ()
+    assert RECOVERIES.list("c", 5).query == (("after", "c"), ("limit", "5"))
 
 
 @pytest.mark.parametrize("key", ["", "a b", "a\r\nX-Evil: 1", "schlüssel", "k" * 256])
 def test_an_idempotency_key_cannot_smuggle_a_header(key):
     with pytest.raises(InvalidArgumentError, match="idempotency key"):
         _calls.create_recovery(student="s", teacher="t", idempotency_key=key)
+    with pytest.raises(InvalidArgumentError, match="idempotency key"):
+        RECOVERIES.retry("rec_1", idempotency_key=key)
+
+
+def test_whatever_creates_takes_an_idempotency_key(tmp_path):
+    models = {"student": "s", "teacher": "t", "idempotency_key": "k"}
+    calls = [_calls.create_recovery(**models), _calls.create_diagnosis(**models)]
+    calls += [
+        _calls.create_file(tmp_path / "a", idempotency_key="k"),
+        RECOVERIES.retry("rec_1", idempotency_key="k"),
+    ]
+    assert [call.key for call in calls] == ["k"] * 4
 
 
 def test_only_what_shall_change_is_sent():
-    call = _calls.change_recovery("rec_1", priority=3)
+    call = RECOVERIES.change("rec_1", priority=3)
     assert (call.method, call.path, call.json) == ("PATCH", "/v1/recoveries/rec_1", {"priority": 3})
 
 
 @pytest.mark.parametrize("verb", ["pause", "resume", "retry", "cancel"])
-def test_a_verb_is_a_post_below_the_recovery(verb):
-    call = getattr(_calls, f"{verb}_recovery")("rec_1")
+def test_a_verb_is_a_post_below_the_job(verb):
+    call, other = getattr(RECOVERIES, verb)("rec_1"), getattr(DIAGNOSES, verb)("dia_1")
     assert (call.method, call.path) == ("POST", f"/v1/recoveries/rec_1/{verb}")
+    assert (other.method, other.path) == ("POST", f"/v1/diagnoses/dia_1/{verb}")
+
+
+def test_pairs_of_metadata_are_parameters_of_their_own():
+    query = RECOVERIES.list(outcome="partial", damage="pruning", metadata={"a b": "1", "team": "x&y"}).query
+    pairs = (("metadata[a b]", "1"), ("metadata[team]", "x&y"))
+    assert query == (("outcome", "partial"), ("damage", "pruning"), *pairs)

@@ -81,19 +81,24 @@ def test_a_dry_run_prints_plan_and_cost_and_leaves_nothing_behind(run, service, 
     asked = ["dry-run", *SUBMIT[1:], "--prompts", tmp_path / "general.jsonl"]
     assert run(*asked).stdout.splitlines() == [
         "method: off_policy (the student was pruned)",
-        "estimate: 3 min 20 s, 12,000 tokens, 2.0 GiB of memory, 0.5 GiB of disk",
-        "note: /prompts: 60 prompts are few",
+        "estimate: 3 min 20 s by 3 finished recoveries, 12,000 tokens at most, "
+        "2.0 GiB of memory, 0.5 GiB of disk",
     ]
     assert json.loads(run(*asked, "--json").stdout)["object"] == "recovery.dry_run"
     assert (service.jobs, service.files) == ({}, {})
 
 
-def test_what_a_server_without_dry_runs_queues_is_cancelled(run, service):
-    service.knows_dry_runs = False
+def test_a_dry_run_of_what_would_be_refused_says_so_and_ends_in_2(run, service):
+    item = {"pointer": "/prompts/file", "code": "too_few_prompts", "message": "7 prompts are too few"}
+    service.dry_run = service.dry_run | {"findings": [item], "plan": [], "estimate": None}
     result = run("dry-run", *SUBMIT[1:])
-    ((id, job),) = service.jobs.items()
-    assert (result.exit_code, job["state"]) == (2, "cancelling")
-    assert result.stderr == f"This server knows no dry runs. It queued {id}, which was cancelled.\n"
+    assert (result.exit_code, result.stdout) == (2, "refused: /prompts/file: 7 prompts are too few\n")
+
+
+def test_before_the_first_recovery_a_dry_run_tells_no_time(run, service):
+    unknown = service.dry_run["estimate"] | {"seconds": None, "calibrated_on": 0}
+    service.dry_run = service.dry_run | {"estimate": unknown}
+    assert "this class of machine has finished no recovery yet" in run("dry-run", *SUBMIT[1:]).stdout
 
 
 def test_submit_uploads_the_files_of_tasks(run, service, tmp_path):
@@ -362,6 +367,15 @@ def test_list_shows_the_newest_asked_for(run, client):
     assert all(id in plain for id in ids[:3])
     assert ids[3] not in plain
     assert [job["id"] for job in json.loads(run("list", "--json").stdout)] == ids
+
+
+def test_list_asks_for_what_is_wanted(run, service):
+    filters = ["--outcome", "partial", "--damage", "pruning", "--metadata", "team=a=b", "--metadata", "run=1"]
+    assert run("list", *filters).exit_code == 0
+    (sent,) = service.sent("GET", "/v1/recoveries")
+    wanted = {"outcome": "partial", "damage": "pruning", "metadata[team]": "a=b", "metadata[run]": "1"}
+    assert wanted.items() <= sent.query.items()
+    assert run("list", "--metadata", "team").exit_code == 2
 
 
 def test_show_prints_what_is_known(run, id, client):

@@ -21,8 +21,9 @@ ERROR = {"code": "empty_dataset", "message": "No prompt is left."}
 
 def row(version, state, **more):
     job = {"id": "dia_1", "object": "diagnosis", "state": state, "version": version, "request": MODELS}
-    nothing = dict.fromkeys(("stage", "error", "progress", "report", "started_at", "finished_at"))
-    return json.dumps(job | nothing | {"epoch": 1, "created_at": 0.0} | more).encode()
+    empty = ("stage", "error", "progress", "report", "retry_of", "started_at", "finished_at")
+    counts = {"epoch": 1, "failures": 0, "losses": 0, "pausing": False, "created_at": 0.0}
+    return json.dumps(job | dict.fromkeys(empty) | counts | more).encode()
 
 
 @pytest.fixture

@@ -134,3 +134,30 @@ def test_what_cannot_be_accepted_is_named_by_its_place(client, body, ledger, cha
     assert answer.status_code == 422
     assert [(item["pointer"], item["code"]) for item in answer.json()["errors"]] == [(pointer, code)]
     assert ledger.due(60.0) == []
+
+
+def test_a_diagnosis_is_steered_as_a_recovery_is(client, diagnosis):
+    url = f"/v1/diagnoses/{diagnosis['id']}"
+    assert client.post(f"{url}/pause").json()["state"] == "paused"
+    assert client.patch(url, json={"priority": 7}).json()["request"]["priority"] == 7
+    assert client.post(f"{url}/resume").json()["state"] == "queued"
+    assert client.post(f"{url}/cancel").json()["state"] == "cancelled"
+    again = client.post(f"{url}/retry")
+    assert (again.status_code, again.json()["retry_of"]) == (202, diagnosis["id"])
+    assert again.headers["location"] == f"/v1/diagnoses/{again.json()['id']}"
+
+
+def test_diagnoses_are_listed_apart_from_recoveries(client, diagnosis, job):
+    assert [one["id"] for one in client.get("/v1/diagnoses").json()["data"]] == [diagnosis["id"]]
+    assert [one["id"] for one in client.get("/v1/recoveries").json()["data"]] == [job["id"]]
+
+
+def test_the_events_of_a_diagnosis_are_streamed_to_its_end(client, diagnosis):
+    url = f"/v1/diagnoses/{diagnosis['id']}"
+    client.post(f"{url}/cancel")
+    stream = client.get(f"{url}/events", headers={"accept": "text/event-stream"}).text
+    assert [line for line in stream.splitlines() if line.startswith("event:")] == [
+        "event: state",
+        "event: state",
+        "event: end",
+    ]

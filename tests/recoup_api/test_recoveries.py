@@ -241,3 +241,78 @@ def test_priority_and_metadata_can_change(client, job):
 def test_nothing_else_can_change(client, job, changes, pointer):
     refused = client.patch(f"/v1/recoveries/{job['id']}", json=changes)
     assert (refused.status_code, refused.json()["errors"][0]["pointer"]) == (422, pointer)
+
+
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)
+@pytest.mark.parametrize(
+    ("query", "found"),
+    [
+        ("state=queued", [2, 1, 0]),
+        ("state=failed", []),
+        ("outcome=recovered", []),
+        ("damage=pruning", [1]),
+        ("metadata[team]=red", [1, 0]),
+        ("metadata%5Bteam%5D=red&metadata[run]=2", [1]),
+        ("metadata[team]=red&damage=finetuning", []),
+        ("metadata[]", None),
+        ("metadata[team]=red&metadata[team]=red", None),
+        ("metadata[%00]=red", None),
+        ("metadata[a]=" + "x" * 513, None),
+        ("&".join(f"metadata[{n}]=x" for n in range(17)), None),
+        ("metadata=red", None),
+        ("damage=rust", None),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_a_list_is_of_what_is_asked_for(client, body, query, found):
+    pairs = [{"team": "red"}, {"team": "red", "run": "2"}, {"team": "blue"}]
+    damages = ["auto", "pruning", "auto"]
+    for damage, metadata in zip(damages, pairs, strict=True):
+        client.post("/v1/recoveries", json=body | {"damage": damage, "metadata": metadata})
+    answer = client.get(f"/v1/recoveries?{query}")
+    if found is None:
+        assert (answer.status_code, answer.json()["errors"][0]["pointer"][:7]) == (422, "/query/")
+    else:
+        shown = [job["request"]["metadata"] for job in answer.json()["data"]]
+        assert shown == [pairs[at] for at in found]
+
+
+def test_a_cursor_is_of_its_filter_alone(client, body):
+    for _ in range(2):
+        client.post("/v1/recoveries", json=body | {"metadata": {"team": "red"}})
+    page = client.get("/v1/recoveries?metadata[team]=red&limit=1").json()
+    url = f"/v1/recoveries?after={page['next_cursor']}&limit=1"
+    assert client.get(f"{url}&metadata[team]=red").status_code == 200
+    assert client.get(f"{url}&metadata[team]=blue").json()["code"] == "invalid_cursor"
+    assert client.get(url).json()["code"] == "invalid_cursor"
+
+
+@pytest.mark.parametrize("verb", ["cancel", "pause", "resume", None])
+@pytest.mark.parametrize("known", ['"7"', 'W/"1"', "text", '"1", "2"'])
+def test_what_has_changed_since_is_not_steered(client, job, verb, known):
+    url = f"/v1/recoveries/{job['id']}"
+    headers = {"if-match": known}
+    if verb:
+        refused = client.post(f"{url}/{verb}", headers=headers)
+    else:
+        refused = client.patch(url, json={"priority": 1}, headers=headers)
+    assert (refused.status_code, refused.json()["code"]) == (412, "precondition_failed")
+    assert client.get(url).json()["version"] == job["version"]
+
+
+@pytest.mark.parametrize("known", ['"{version}"', "*"])
+def test_what_has_not_changed_is(client, job, known):
+    headers = {"if-match": known.format(version=job["version"])}
+    assert client.post(f"/v1/recoveries/{job['id']}/pause", headers=headers).json()["state"] == "paused"
+
+
+def test_a_retry_with_one_key_makes_one_job(client, ledger, job):
+    client.post(f"/v1/recoveries/{job['id']}/cancel")
+    answers = [
+        client.post(f"/v1/recoveries/{job['id']}/retry", headers={"idempotency-key": "again"})
+        for _ in range(2)
+    ]
+    assert answers[0].content == answers[1].content
+    assert answers[1].headers["idempotent-replayed"] == "true"
+    assert answers[0].json()["retry_of"] == job["id"]
+    assert len(ledger.list(None, 10).data) == 2

@@ -155,6 +155,14 @@ def test_who_calls_too_often_waits_and_others_do_not(settings, ledger):
     assert [answer.status_code for answer in answers] == [200] * 3 + [429] * 2
     assert answers[-1].json()["code"] == "rate_limited"
     assert 1 <= int(answers[-1].headers["retry-after"]) <= 10
+    assert [int(re.search(r"r=(\d+)", answer.headers["ratelimit"]).group(1)) for answer in answers] == [
+        2,
+        1,
+        0,
+        0,
+        0,
+    ]
+    assert re.fullmatch(r'"key";q=3;w=\d+', answers[0].headers["ratelimit-policy"])
     assert calm.get("/v1/files").status_code == 200
 
 

@@ -1,4 +1,5 @@
 import threading
+import time
 
 import pytest
 
@@ -211,3 +212,13 @@ def test_a_job_that_was_to_be_cancelled_ends_when_its_worker_vanished(ledger, as
     assert ledger.due(60) == [(job.id, "gpu.cpu"), (other.id, "gpu.cpu")]
     assert ledger.claim("second", CPU, 30).job_id == other.id
     assert ledger.get(job.id).state == "cancelled"
+
+
+@pytest.mark.parametrize("offset", [-10 * 86_400, 10 * 86_400], ids=["past", "future"])
+def test_a_machine_whose_clock_jumps_claims_nothing_that_is_held(ledger, job, monkeypatch, offset):
+    ledger.claim("one", CPU, 30)
+    moment = time.time() + offset
+    monkeypatch.setattr(time, "time", lambda: moment)
+    assert ledger.claim("two", CPU, 30) is None
+    ledger.take_back()
+    assert ledger.get(job.id).state == "running"

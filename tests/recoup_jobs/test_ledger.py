@@ -3,8 +3,9 @@ from itertools import pairwise
 import pytest
 from sqlalchemy.exc import StatementError
 
-from recoup.schemas import Progress
+from recoup.schemas import ChangeRecovery, Progress
 from recoup_jobs.errors import BadRequest, Conflict, NotFound, StaleClaim
+from recoup_jobs.filters import Wanted
 
 pytestmark = pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)
 
@@ -48,7 +49,41 @@ def test_pages_hold_every_job_once_and_the_newest_first(ledger, asked):
 
 def test_a_list_can_be_of_one_state(ledger, asked, claim):
     waiting = ledger.create(asked, "gpu.cpu")
-    assert [job.id for job in ledger.list(None, 10, "queued").data] == [waiting.id]
+    assert [job.id for job in ledger.list(None, 10, Wanted("queued")).data] == [waiting.id]
+
+
+def test_a_list_can_be_of_one_outcome(ledger, asked, claim):
+    ledger.succeed(claim, "no_gain")
+    ledger.create(asked, "gpu.cpu")
+    assert [job.id for job in ledger.list(None, 10, Wanted(outcome="no_gain")).data] == [claim.job_id]
+    assert ledger.list(None, 10, Wanted(outcome="recovered")).data == []
+
+
+def test_a_list_can_be_of_what_requests_say(ledger, asked):
+    pruned = ledger.create(asked.model_copy(update={"damage": "pruning"}), "gpu.cpu")
+    ledger.create(asked, "gpu.cpu")
+    assert [job.id for job in ledger.list(None, 10, Wanted(damage="pruning")).data] == [pruned.id]
+
+
+@pytest.mark.parametrize("key", ["team", 'a"b', "a'b", "$.x", "a.b", "[0]", "ключ", "%", "\\", "a b", "*"])
+def test_a_list_can_be_of_one_pair_of_metadata_whatever_its_key(ledger, asked, key):
+    pairs = [{key: "red"}, {key: "blue"}, {"other": "red"}, {}]
+    made = [ledger.create(asked.model_copy(update={"metadata": pair}), "gpu.cpu").id for pair in pairs]
+    found = ledger.list(None, 10, Wanted(metadata=((key, "red"),)))
+    assert [job.id for job in found.data] == [made[0]]
+
+
+def test_every_pair_and_every_filter_must_hold(ledger, asked):
+    both = asked.model_copy(update={"metadata": {"a": "1", "b": "2"}})
+    one = asked.model_copy(update={"metadata": {"a": "1"}})
+    made = [ledger.create(request, "gpu.cpu").id for request in (both, one)]
+    wanted = Wanted("queued", metadata=(("a", "1"), ("b", "2")))
+    assert [job.id for job in ledger.list(None, 10, wanted).data] == made[:1]
+
+
+def test_other_metadata_of_a_job_is_found_once_it_was_changed(ledger, job):
+    ledger.change(job.id, ChangeRecovery(metadata={"team": "blue"}))
+    assert [j.id for j in ledger.list(None, 10, Wanted(metadata=(("team", "blue"),))).data] == [job.id]
 
 
 @pytest.mark.parametrize("cursor", ["rec_000000000000000000000000", "7", "x\x00"])

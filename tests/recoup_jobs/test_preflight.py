@@ -13,8 +13,10 @@ from recoup.schemas import (
     TaskSpec,
     TrainingSpec,
 )
+from recoup_jobs import preflight as module
 from recoup_jobs.datasets import Upload, store_file
 from recoup_jobs.errors import Unprocessable
+from recoup_jobs.machines import announce
 from recoup_jobs.preflight import preflight
 from recoup_jobs.sources import model_names
 
@@ -51,8 +53,8 @@ def write_json(path, value):
 
 
 def test_a_sound_pair_passes_and_its_folders_are_told(ledger, settings, asked, student, teacher):
-    folders = preflight(asked, ledger, settings)
-    assert (folders.student, folders.teacher) == (student.resolve(), teacher.resolve())
+    seen = preflight(asked, ledger, settings)
+    assert (seen.student.path, seen.teacher.path) == (student.resolve(), teacher.resolve())
 
 
 def test_a_model_may_be_named_by_its_absolute_path(findings, student):
@@ -377,3 +379,28 @@ def test_everything_that_is_wrong_is_said_at_once(findings, student):
 def test_the_names_of_all_models_are_told(settings, student, teacher, write_model):
     write_model("someone/other")
     assert model_names(settings.model_roots) == ["someone/other", "student", "teacher"]
+
+
+@pytest.mark.parametrize("name", ["student", "teacher"])
+def test_a_model_that_no_worker_can_hold_is_refused(findings, ledger, student, monkeypatch, name):
+    monkeypatch.setattr(module, "SMALL_BYTES", 0)
+    assert findings() == []  # nobody has told of a machine
+    announce(ledger, "host:1", "gpu.h100", 10)
+    assert findings() == []  # nor of one of this class
+    announce(ledger, "host:2", "gpu.cpu", 47)
+    assert {code for _, code in findings()} == {"no_capable_worker"}
+    assert f"/{name}/source" in {pointer for pointer, _ in findings()}
+    announce(ledger, "host:3", "gpu.cpu", 48)  # 12 parameters of four bytes
+    assert findings() == []
+
+
+@pytest.mark.parametrize(
+    ("template", "code"),
+    [
+        ("{% for i in range(10**9) %}x{% endfor %}", "template_too_expensive"),
+        ("{{ cycler.__init__.__globals__ }}", "template_refused"),
+    ],
+)
+def test_a_template_that_is_a_trap_is_refused(findings, write_model, template, code):
+    write_model("student", **{"tokenizer_config.json": {"chat_template": template}})
+    assert (STUDENT, code) in findings()

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recoup_ml.divergence import Divergence
+from recoup_ml.divergence import between
 from recoup_ml.fused import hidden_divergence
 from recoup_ml.models import Head
+from recoup_ml.objective import Divergence
 from recoup_ml.targets import Hidden, Target, Tokens, TopK, join
 
 POSITIONS, WIDTH, VOCABULARY = 37, 6, 31
@@ -173,7 +174,7 @@ def test_bfloat16_hidden_states_get_bfloat16_gradients(
     )
     loss.backward()
     exact = [leaf.detach().double().requires_grad_() for leaf in (hidden_ND, weight_VD)]
-    plain_NV = divergence(teacher.logits().double(), Head(exact[1], None, softcap)(exact[0]))
+    plain_NV = between(divergence, teacher.logits().double(), Head(exact[1], None, softcap)(exact[0]))
     (plain_NV * WEIGHTS_N).sum().backward()
     assert loss.dtype == torch.float32
     for ours, right in zip((hidden_ND, weight_VD), exact, strict=True):

@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 
 from recoup.schemas import AlignmentSpec, Report
 from recoup_ml import models
-from recoup_ml.divergence import Divergence
 from recoup_ml.errors import UnsupportedRequest
 from recoup_ml.feature_space import Moments
 from recoup_ml.hidden import decoder_blocks
 from recoup_ml.lessons import Lesson, distributions
 from recoup_ml.models import can_pack, last_hidden
+from recoup_ml.objective import Divergence
 from recoup_ml.observation import observe
 from recoup_ml.recipe import recover
 from recoup_ml.regulariser import MOST_POSITIONS, Regulariser, cka, compared, distance, spread

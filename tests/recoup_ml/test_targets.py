@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from recoup_ml.divergence import Divergence, forward_kl
+from recoup_ml.divergence import between, forward_kl
 from recoup_ml.models import Head
+from recoup_ml.objective import Divergence
 from recoup_ml.targets import Hidden, Target, Tokens, TopK, join
 
 POSITIONS, VOCABULARY = 11, 29
@@ -42,7 +43,7 @@ def test_hidden_states_stand_for_the_logits_of_their_head(draw: torch.Generator)
     hidden_ND = torch.randn(POSITIONS, 5, generator=draw)
     student_NV = torch.randn(POSITIONS, VOCABULARY, generator=draw)
     found = Hidden(hidden_ND, head).loss(Divergence("jsd"), student_NV)
-    assert torch.equal(found, Divergence("jsd")(head(hidden_ND), student_NV))
+    assert torch.equal(found, between(Divergence("jsd"), head(hidden_ND), student_NV))
 
 
 @every_divergence
@@ -68,7 +69,7 @@ def test_the_top_with_its_tail_is_a_lower_bound_that_grows_with_k(
     )
     assert (bounds > 0).all()
     assert (bounds.diff(dim=0) > -1e-9).all()
-    assert (bounds[:-2] < divergence(teacher_NV, student_NV)).all()
+    assert (bounds[:-2] < between(divergence, teacher_NV, student_NV)).all()
 
 
 @every_divergence
@@ -77,7 +78,9 @@ def test_the_top_with_its_tail_is_a_lower_bound_that_grows_with_k(
 def test_the_top_of_all_is_the_whole(divergence: Divergence, tail: bool, k: int, pair: Tensor) -> None:
     teacher_NV, student_NV = pair
     target = TopK.of(teacher_NV, k, divergence.temperature, tail)
-    torch.testing.assert_close(target.loss(divergence, student_NV), divergence(teacher_NV, student_NV))
+    torch.testing.assert_close(
+        target.loss(divergence, student_NV), between(divergence, teacher_NV, student_NV)
+    )
 
 
 @every_divergence
@@ -88,7 +91,7 @@ def test_a_tail_is_one_outcome_with_the_mass_of_the_rest(divergence: Divergence,
         torch.cat([kept, 1 - kept.sum(-1, keepdim=True)], -1).log()
         for kept in (p.gather(-1, target.ids_NK), q.gather(-1, target.ids_NK))
     ]
-    expected = replace(divergence, temperature=1.0)(*lumped)
+    expected = between(replace(divergence, temperature=1.0), *lumped)
     torch.testing.assert_close(target.loss(divergence, pair[1]), expected)
 
 

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from recoup.schemas import ChatRow, Checkpoint, TrainingPoint, TrainingReport
 from recoup_ml import models
-from recoup_ml.divergence import Divergence
 from recoup_ml.generate import LocalEngine
 from recoup_ml.lessons import FixedCourse, Lesson, distributions, texts
+from recoup_ml.objective import Divergence
 from recoup_ml.observation import observe
 from recoup_ml.plan import Phase, Plan, Trainable
 from recoup_ml.scores import compare

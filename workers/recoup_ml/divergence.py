@@ -14,39 +14,24 @@ Axes: N positions, V vocabulary (or any set of outcomes).
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from recoup_ml.objective import Divergence
 
-@dataclass(frozen=True)
-class Divergence:
-    """Which divergence, as a value."""
 
-    name: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl"] = "forward_kl"
-    beta: float = 0.5
-    """The teacher's share of the mixture in `jsd` and `skew_kl`; DistiLLM takes 0.1 for the latter."""
-    temperature: float = 1.0
-    """τ: softens both distributions."""
-
-    def __call__(self, teacher_NV: Tensor, student_NV: Tensor) -> Tensor:
-        """The divergence of each position, from logits [N, V]; returns [N], nats."""
-        match self.name:
-            case "forward_kl":
-                return forward_kl(teacher_NV, student_NV, self.temperature)
-            case "reverse_kl":
-                return reverse_kl(teacher_NV, student_NV, self.temperature)
-            case "jsd":
-                return jsd(teacher_NV, student_NV, self.beta, self.temperature)
-            case "skew_kl":
-                return skew_kl(teacher_NV, student_NV, self.beta, self.temperature)
-
-    def __str__(self) -> str:
-        mixture = f" with β = {self.beta:g}" if self.name in {"jsd", "skew_kl"} else ""
-        softened = f" at τ = {self.temperature:g}" if self.temperature != 1 else ""
-        return self.name + mixture + softened
+def between(divergence: Divergence, teacher_NV: Tensor, student_NV: Tensor) -> Tensor:
+    """The divergence of each position, from logits [N, V]; returns [N], nats."""
+    match divergence.name:
+        case "forward_kl":
+            return forward_kl(teacher_NV, student_NV, divergence.temperature)
+        case "reverse_kl":
+            return reverse_kl(teacher_NV, student_NV, divergence.temperature)
+        case "jsd":
+            return jsd(teacher_NV, student_NV, divergence.beta, divergence.temperature)
+        case "skew_kl":
+            return skew_kl(teacher_NV, student_NV, divergence.beta, divergence.temperature)
 
 
 def forward_kl(teacher_NV: Tensor, student_NV: Tensor, temperature: float = 1.0) -> Tensor:

@@ -39,6 +39,6 @@ def assemble(run: Run, journal: Journal, done: Done) -> DiagnosisReport:
         remarks=evaluate.remarks(found, aligned, exam, None),
         splits=diagnosis.splits,
         samples=evaluate.samples(probe, diagnosis, None),
-        cost=cost(journal, done, diagnosis, None),
+        cost=cost(run, journal, done, diagnosis, None),
         provenance=provenance(run),
     )

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from recoup_ml.divergence import Divergence, tempered
+from recoup_ml.divergence import tempered
 from recoup_ml.models import Head
+from recoup_ml.objective import Divergence
 from recoup_ml.targets import Hidden, Target, Tokens
 
 CHUNK = {"cpu": 128, "cuda": 1024}

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from recoup.schemas import Choice, CreateRecovery, DamageReport, DivergenceName, Method
-from recoup_ml.divergence import Divergence
 from recoup_ml.errors import UnsupportedRequest
+from recoup_ml.objective import Divergence
 
 Data = Literal["teacher", "student", "demonstrated", "rewrites", "references"]
 Mode = Literal["lora", "dora", "full", "norms"]

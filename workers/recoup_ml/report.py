@@ -40,7 +40,7 @@ def assemble(run: Run, journal: Journal, done: Done) -> Report:
         forms=evaluation.forms,
         alignment=evaluate.read_alignment(done),
         samples=evaluation.samples,
-        cost=cost(journal, done, diagnosis, training),
+        cost=cost(run, journal, done, diagnosis, training),
         provenance=provenance(run),
     )
 
@@ -51,7 +51,9 @@ def _nothing_to_plan() -> list[Choice]:
     ]
 
 
-def cost(journal: Journal, done: Done, diagnosis: Diagnosis, training: TrainingReport | None) -> Cost:
+def cost(
+    run: Run, journal: Journal, done: Done, diagnosis: Diagnosis, training: TrainingReport | None
+) -> Cost:
     learnt = _generated(done["generate"]) if "generate" in done else 0
     return Cost(
         stage_seconds=journal.stage_seconds(),
@@ -59,6 +61,7 @@ def cost(journal: Journal, done: Done, diagnosis: Diagnosis, training: TrainingR
         tokens_trained=training.tokens if training else 0,
         peak_memory_bytes=_peak_memory(),
         device=str(models.device()),
+        estimate=run.estimate,
     )
 
 

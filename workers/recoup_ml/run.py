@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from recoup.schemas import CreateRecovery, Prompt, Stage, TaskSpec
+from recoup.schemas import CostEstimate, CreateRecovery, Prompt, Stage, TaskSpec
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class Run:
     """How often training goes with half as many tokens at once, memory having run out before."""
     processes: int = 1
     """How many train together, a device each."""
+    estimate: CostEstimate | None = None
+    """What it was expected to take, for its report."""
 
     @property
     def prompt_tokens(self) -> int:

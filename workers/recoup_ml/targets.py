@@ -14,8 +14,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from recoup_ml.divergence import Divergence, tempered
+from recoup_ml.divergence import between, tempered
 from recoup_ml.models import Head
+from recoup_ml.objective import Divergence
 
 
 class Target(Protocol):
@@ -46,7 +47,7 @@ class Hidden:
         return [Hidden(part_ND, self.head) for part_ND in self.hidden_ND.split(size)]
 
     def loss(self, divergence: Divergence, student_NV: Tensor) -> Tensor:
-        return divergence(self.logits(), student_NV)
+        return between(divergence, self.logits(), student_NV)
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class TopK:
             rest_NV = student_NV.scatter(-1, self.ids_NK, -math.inf)
             student = torch.cat([student, rest_NV.logsumexp(-1, keepdim=True)], -1)
             teacher = torch.cat([teacher, _log_rest(teacher)], -1)
-        return replace(divergence, temperature=1.0)(teacher, student)
+        return between(replace(divergence, temperature=1.0), teacher, student)
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 
 from recoup.schemas import Checkpoint, PhaseReport, RewriteCounts, Stopped, TrainingPoint, TrainingReport
 from recoup_ml import durable
-from recoup_ml.divergence import Divergence
 from recoup_ml.fused import hidden_divergence
 from recoup_ml.lessons import Course, Lesson
 from recoup_ml.models import can_pack, head, last_hidden
+from recoup_ml.objective import Divergence
 from recoup_ml.plan import Phase, Plan
 from recoup_ml.regulariser import Regulariser
 from recoup_ml.run import Interrupted

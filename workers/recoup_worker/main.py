@@ -13,13 +13,17 @@ from celery.signals import worker_shutting_down
 
 from recoup_jobs.dispatch import QUEUES, RUN_JOB, celery_app
 from recoup_jobs.ledger import open_ledger
+from recoup_jobs.machines import announce
+from recoup_jobs.scrubber import scrub_logs
 from recoup_jobs.settings import Settings
 from recoup_worker.gpus import owned
+from recoup_worker.memory import device_memory_bytes
 from recoup_worker.tasks import follow_hint
 
 
 def serve(settings: Settings) -> None:
     """Works until SIGTERM or SIGINT; a job that runs then is given back to the queue."""
+    scrub_logs()
     if settings.broker_url is None:
         raise SystemExit("RECOUP_BROKER_URL is not set: a worker needs a Redis or Valkey to hear of jobs.")
     options = [
@@ -41,6 +45,7 @@ def worker_app(settings: Settings, broker_url: str) -> Celery:
     ledger = open_ledger(settings)
     stopping = threading.Event()
     owner = f"{socket.gethostname()}:{os.getpid()}"
+    announce(ledger, owner, settings.queue, device_memory_bytes())
     worker_shutting_down.connect(lambda **_: stopping.set(), weak=False)
 
     def run_job(job_id: str) -> None:

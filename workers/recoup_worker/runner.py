@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,11 +24,13 @@ from recoup_jobs.kinds import kind_of
 from recoup_jobs.ledger import Ledger, open_ledger
 from recoup_jobs.preflight import preflight
 from recoup_jobs.processes import die_with_parent, die_with_stdin
+from recoup_jobs.scrubber import scrub, scrub_logs
 from recoup_jobs.settings import Settings
 from recoup_jobs.sources import locate
 from recoup_ml.durable import UNFINISHED
 from recoup_ml.run import Interrupted
 from recoup_worker import exits
+from recoup_worker.expectation import expect, expected, learn
 from recoup_worker.journal import LedgerJournal
 
 ANSWERS = "answers"
@@ -42,6 +45,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda _number, _frame: stopping.set())
     die_with_parent()
     die_with_stdin()
+    scrub_logs()
     settings = Settings()
     ledger = open_ledger(settings)
     job_id, epoch = sys.argv[1], int(sys.argv[2])
@@ -68,7 +72,7 @@ def run_claimed(claim: Claim, ledger: Ledger, settings: Settings, stopping: thre
     except RecoupError as error:
         ledger.fail(claim, error.code, str(error), retry=isinstance(error, Unavailable))
     except Exception as error:
-        traceback.print_exc()
+        print(scrub(traceback.format_exc()), file=sys.stderr)
         ledger.fail(claim, "internal_error", f"{type(error).__name__}: {error}", retry=True)
     return exits.ENDED
 
@@ -76,12 +80,16 @@ def run_claimed(claim: Claim, ledger: Ledger, settings: Settings, stopping: thre
 def _recover(claim: Claim, ledger: Ledger, settings: Settings, stopping: threading.Event) -> None:
     journal = LedgerJournal(ledger, claim, settings, stopping)
 
-    def check(_folder: Path) -> None:
-        preflight(claim.request, ledger, settings)
+    is_recovery = kind_of(claim.job_id) == "recovery"
 
-    journal.stage("preflight", check)
-    run = _run(claim, ledger, settings)
-    if kind_of(claim.job_id) == "diagnosis":
+    def check(folder: Path) -> None:
+        seen = preflight(claim.request, ledger, settings)
+        if is_recovery:
+            expect(claim.request, seen, ledger, settings, folder)
+
+    checked = journal.stage("preflight", check)
+    run = replace(_run(claim, ledger, settings), estimate=expected(checked))
+    if not is_recovery:
         from recoup_ml.recipe import examine
 
         examine(run, journal)
@@ -89,7 +97,9 @@ def _recover(claim: Claim, ledger: Ledger, settings: Settings, stopping: threadi
     else:
         from recoup_ml.recipe import recover
 
-        ledger.succeed(claim, recover(run, journal))
+        outcome = recover(run, journal)
+        learn(claim, ledger, settings, journal)
+        ledger.succeed(claim, outcome)
     _clear_work(settings, claim)
 
 

@@ -6,7 +6,7 @@ Answers have no defaults, are frozen, and keep fields that a newer server adds.
 
 from recoup.schemas.dataset import ChatRow, Message, Prompt, PromptRow, TextRow
 from recoup.schemas.diagnosis import CreateDiagnosis, Diagnosis, DiagnosisReport, ExamSpec, PositionsSpec
-from recoup.schemas.plan import CostEstimate, DryRun
+from recoup.schemas.plan import DryRun
 from recoup.schemas.recovery import (
     TERMINAL_STATES,
     Artifact,
@@ -32,6 +32,7 @@ from recoup.schemas.report import (
     Checkpoint,
     Choice,
     Cost,
+    CostEstimate,
     DamageReport,
     Estimate,
     LayerDistance,

@@ -111,8 +111,12 @@ class Diagnosis(Output):
     progress: Progress | None
     request: CreateDiagnosis
     report: DiagnosisReport | None
-    """Once it succeeded."""
+    """Once it succeeded; null in a list."""
+    pausing: bool
+    retry_of: str | None
     epoch: int
+    failures: int
+    losses: int
     version: int
     created_at: float
     started_at: float | None

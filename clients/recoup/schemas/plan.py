@@ -3,18 +3,7 @@
 from typing import Literal
 
 from recoup.schemas.recovery import Output, ProblemItem
-from recoup.schemas.report import Choice
-
-
-class CostEstimate(Output):
-    """What the recovery would take."""
-
-    tokens: int
-    """Generated and trained on."""
-    memory_bytes: int
-    """At its highest."""
-    disk_bytes: int
-    seconds: float
+from recoup.schemas.report import Choice, CostEstimate
 
 
 class DryRun(Output):
@@ -22,7 +11,8 @@ class DryRun(Output):
 
     object: Literal["recovery.dry_run"]
     plan: list[Choice]
-    """Every `auto`, with what it would become and why."""
+    """Every `auto`, with what it would become and why; empty where a model cannot be read."""
     findings: list[ProblemItem]
-    """What preflight has to say; a request that would be refused is refused here, too."""
-    estimate: CostEstimate
+    """All that the recovery would be refused for, as preflight says it; empty: it would be accepted."""
+    estimate: CostEstimate | None
+    """Null where there is no plan."""

@@ -306,6 +306,20 @@ class Sample(Output):
     after: str | None
 
 
+class CostEstimate(Output):
+    """What a recovery would take."""
+
+    tokens: int
+    """Generated and trained on, every answer as long as it may be."""
+    memory_bytes: int
+    """At its highest."""
+    disk_bytes: int
+    seconds: float | None
+    """By what this class of machine took for other recoveries; null before it has finished one."""
+    calibrated_on: int
+    """Finished recoveries that the seconds rest on."""
+
+
 class Cost(Output):
     stage_seconds: dict[str, float]
     """Wall time by stage."""
@@ -314,6 +328,8 @@ class Cost(Output):
     peak_memory_bytes: int
     """Resident set of the runner process at its highest."""
     device: str
+    estimate: CostEstimate | None
+    """What was expected before the first stage; null for a diagnosis."""
 
 
 class Provenance(Output):

@@ -1,0 +1,248 @@
+"""What a recovery will take: tokens, memory and disk from shapes and counts alone, no tensor loaded.
+
+Tokens are counted stage by stage, every answer as long as it may be; that is an upper bound for models that
+end their answers themselves. Time is not guessed from shapes: `calibration.py` knows how long stages of this
+much work took on this class of machine, and what the counts here miss it has measured along.
+
+Memory is the larger of two moments: a model that is read (its weights, the logits of a piece), and a
+training (weights, gradients, AdamW's two moments, the activations of a micro-batch, the cached states that
+are learnt from). One model is in memory at a time, unless the teacher must answer beside the student.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from recoup.schemas import Choice, CreateRecovery, Stage
+from recoup_jobs.inspection import Model
+from recoup_jobs.weights import BITS_BY_DTYPE, TensorInfo
+
+GENERATING, TRAINING = 2, 3
+"""Passes of one token through a model that a generated and a trained token are counted as."""
+BASE_BYTES = 600 << 20
+"""Of a process that has loaded torch and transformers."""
+OPTIMIZER_BYTES = 12
+"""A trained parameter: its gradient and two moments, float32."""
+ACTIVATIONS = 34
+"""Numbers of a hidden state's width that a layer keeps for the way back (Korthikanti et al., 2205.05198)."""
+SAMPLES, KEPT, WINDOWS, WINDOW_TOKENS, CALIBRATION, TRIALS = 16, 128, 32, 128, 64, 6
+"""As in `probe.py`, `answers.py` and `baselines.py`; the last is how many repairs are tried, about."""
+VALIDATIONS, TEST_SHARE, VALIDATION_SHARE = 8, 0.20, 0.12
+TASK_ROWS_KNOWN = 256
+DEFAULT_KEEP_TOKENS = 64
+FORMS_OF_LOSS = 4
+"""Pieces of logits that a divergence holds at once."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the class of a machine decides about memory."""
+
+    weight_bytes: int | None
+    """Bytes a parameter of a loaded model; None: as it is stored."""
+    micro_tokens: int
+    """Tokens that go through a student at once."""
+    logit_rows: int
+    """Positions whose logits are held at once."""
+
+
+CPU = Machine(weight_bytes=4, micro_tokens=256, logit_rows=128)
+GPU = Machine(weight_bytes=None, micro_tokens=16_384, logit_rows=1024)
+
+
+CPU_QUEUE = "gpu.cpu"
+
+
+def machine_of(queue: str) -> Machine:
+    return CPU if queue == CPU_QUEUE else GPU
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of one model."""
+
+    parameters: int
+    stored_bytes: int
+    edges: int
+    """Rows and columns of all matrices but embeddings: what an adapter of rank 1 has parameters."""
+    vectors: int
+    """Parameters of norms and biases."""
+    hidden: int
+    layers: int
+    vocabulary: int
+
+    def loaded_bytes(self, machine: Machine) -> int:
+        each = machine.weight_bytes
+        return self.stored_bytes if each is None else max(self.stored_bytes, each * self.parameters)
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """How much there is to ask."""
+
+    rows: int
+    prompt_tokens: int
+    """A prompt, about."""
+    keep_rows: int = 0
+    task_rows: tuple[int, ...] = ()
+
+
+class PlannedPhase(Protocol):
+    @property
+    def data(self) -> str: ...
+    @property
+    def steps(self) -> int: ...
+
+
+class PlannedTraining(Protocol):
+    @property
+    def mode(self) -> str: ...
+    @property
+    def rank(self) -> int: ...
+
+
+class Planned(Protocol):
+    """What the estimate needs of a plan (`recoup_ml.plan.Plan`)."""
+
+    @property
+    def phases(self) -> Sequence[PlannedPhase]: ...
+    @property
+    def trainable(self) -> PlannedTraining: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def output(self) -> str: ...
+    @property
+    def choices(self) -> Sequence[Choice]: ...
+
+
+@dataclass(frozen=True)
+class Work:
+    """Tokens of one stage."""
+
+    generated: int = 0
+    read: int = 0
+    """Passed through a model once, nothing learnt."""
+    trained: int = 0
+
+    @property
+    def passes(self) -> int:
+        return GENERATING * self.generated + self.read + TRAINING * self.trained
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a recovery takes, time aside."""
+
+    work: Mapping[Stage, Work]
+    memory_bytes: int
+    least_memory_bytes: int
+    """Below which it cannot be, whatever is estimated wrongly: weights and what belongs to them."""
+    disk_bytes: int
+
+    @property
+    def tokens(self) -> int:
+        return sum(work.generated + work.trained for work in self.work.values())
+
+
+def sizes_of(model: Model, hidden: Any, layers: Any) -> Sizes:
+    """`hidden`, `layers`: what the configuration calls them, whatever it is."""
+    tensors = model.tensors or {}
+    matrices = [info.shape for name, info in tensors.items() if len(info.shape) == 2 and _is_linear(name)]
+    embeddings = (info.shape[0] for name, info in tensors.items() if "embed" in name and info.shape)
+    return Sizes(
+        parameters=sum(math.prod(info.shape) for info in tensors.values()),
+        stored_bytes=sum(map(_bytes, tensors.values())),
+        edges=sum(rows + columns for rows, columns in matrices),
+        vectors=sum(info.shape[0] for info in tensors.values() if len(info.shape) == 1),
+        hidden=hidden if isinstance(hidden, int) else 0,
+        layers=layers if isinstance(layers, int) else 0,
+        vocabulary=max(embeddings, default=0),
+    )
+
+
+def need_of(
+    request: CreateRecovery, plan: Planned, student: Sizes, teacher: Sizes, amounts: Amounts, machine: Machine
+) -> Need:
+    work = _work(request, plan, amounts)
+    held = max(student.loaded_bytes(machine), teacher.loaded_bytes(machine))
+    trained = _trained(plan, student)
+    beside = teacher.loaded_bytes(machine) if _needs_teacher(request, plan) else 0
+    training = student.loaded_bytes(machine) + beside + OPTIMIZER_BYTES * trained if plan.phases else 0
+    taught = min(amounts.rows, _answers(plan, "teacher")) * request.generation.max_new_tokens
+    reading = held + 4 * machine.logit_rows * student.vocabulary
+    learning = training + _activations(student, machine) + 4 * student.hidden * taught
+    return Need(
+        work=work,
+        memory_bytes=BASE_BYTES + max(reading, learning),
+        least_memory_bytes=max(student.stored_bytes, teacher.stored_bytes, training // 2),
+        disk_bytes=_disk(request, plan, student, trained, amounts),
+    )
+
+
+def _work(request: CreateRecovery, plan: Planned, amounts: Amounts) -> dict[Stage, Work]:
+    limit, wanted = request.generation.max_new_tokens, request.evaluation
+    length = limit + min(amounts.prompt_tokens, request.training.max_length - limit)
+    test = min(wanted.test_sequences, max(1, round(TEST_SHARE * amounts.rows)))
+    validation = min(wanted.validation_sequences, max(1, round(VALIDATION_SHARE * (amounts.rows - test))))
+    train = max(1, amounts.rows - test - validation)
+    probed = SAMPLES * limit + DEFAULT_KEEP_TOKENS * min(KEPT, amounts.keep_rows // 2)
+    probed += sum(min(rows, wanted.task_rows) * limit for rows in amounts.task_rows)
+    natural = WINDOWS * WINDOW_TOKENS
+    taught = min(train, max(_answers(plan, "teacher"), CALIBRATION))
+    rewritten = min(train, _answers(plan, "rewrites"))
+    kept = min(amounts.keep_rows, sum(phase.steps for phase in plan.phases) * plan.batch_size)
+    steps = sum(phase.steps for phase in plan.phases)
+    sequences = steps * plan.batch_size * (2 if amounts.keep_rows else 1)
+    rolled = (_answers(plan, "student") + _answers(plan, "demonstrated")) * limit
+    return {
+        "diagnose": Work(test * limit + 2 * probed, 3 * test * length + 2 * natural),
+        "generate": Work(
+            (taught + validation + 2 * rewritten) * limit + kept * DEFAULT_KEEP_TOKENS,
+            (taught + validation) * length,
+        ),
+        "distil": Work(rolled, (VALIDATIONS + TRIALS) * validation * length, sequences * length),
+        "evaluate": Work(2 * probed, 2 * test * length + 2 * natural),
+        "package": Work(read=length),
+    }
+
+
+def _answers(plan: Planned, data: str) -> int:
+    return plan.batch_size * sum(phase.steps for phase in plan.phases if phase.data == data)
+
+
+def _needs_teacher(request: CreateRecovery, plan: Planned) -> bool:
+    """Whether the teacher stands beside the student that trains."""
+    live = any(phase.data in {"student", "demonstrated"} for phase in plan.phases)
+    return live or request.alignment.weight > 0 or request.alignment.hidden_weight > 0
+
+
+def _trained(plan: Planned, student: Sizes) -> int:
+    by_mode = {"full": student.parameters, "norms": student.vectors}
+    return by_mode.get(plan.trainable.mode, plan.trainable.rank * student.edges)
+
+
+def _activations(student: Sizes, machine: Machine) -> int:
+    each = machine.weight_bytes or 2
+    states = each * ACTIVATIONS * machine.micro_tokens * student.hidden * student.layers
+    return states + 4 * FORMS_OF_LOSS * machine.logit_rows * student.vocabulary
+
+
+def _disk(request: CreateRecovery, plan: Planned, student: Sizes, trained: int, amounts: Amounts) -> int:
+    """States of answers and of alignment, the head beside each set, snapshots, what is handed over."""
+    wanted = _answers(plan, "teacher") + CALIBRATION + 2 * request.evaluation.test_sequences
+    answered = min(amounts.rows, wanted)
+    states = 4 * student.hidden * answered * request.generation.max_new_tokens
+    aligned = 4 * 4 * student.hidden * (student.layers + 1) * request.alignment.positions
+    heads = 3 * 4 * student.hidden * student.vocabulary
+    handed_over = 4 * trained if plan.output == "adapter" else 2 * student.stored_bytes
+    return states + aligned + heads + handed_over + (OPTIMIZER_BYTES * trained if plan.phases else 0)
+
+
+def _is_linear(name: str) -> bool:
+    return "embed" not in name and "lm_head" not in name
+
+
+def _bytes(info: TensorInfo) -> int:
+    return math.prod(info.shape) * BITS_BY_DTYPE[info.dtype] // 8

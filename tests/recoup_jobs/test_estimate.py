@@ -1,0 +1,99 @@
+"""Counts that must come out right whatever the constants are."""
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from recoup.schemas import Choice
+from recoup_jobs.estimate import BASE_BYTES, CPU, GPU, Amounts, Sizes, need_of, sizes_of
+from recoup_jobs.inspection import Model
+from recoup_jobs.weights import TensorInfo
+
+SMALL = Sizes(135_000_000, 270_000_000, 1_000_000, 35_000, 576, 30, 49_152)
+ROWS = Amounts(rows=756, prompt_tokens=30)
+
+
+@dataclass(frozen=True)
+class Phase:
+    data: str = "teacher"
+    steps: int = 24
+
+
+@dataclass(frozen=True)
+class Training:
+    mode: str = "lora"
+    rank: int = 16
+
+
+@dataclass(frozen=True)
+class Plan:
+    phases: tuple[Phase, ...] = (Phase(),)
+    trainable: Training = Training()
+    batch_size: int = 8
+    output: str = "adapter"
+    choices: list[Choice] = field(default_factory=list)
+
+
+@pytest.fixture
+def need(asked):
+    def estimate(plan=Plan(), sizes=SMALL, amounts=ROWS, machine=CPU, **changes):
+        return need_of(asked.model_copy(update=changes), plan, sizes, sizes, amounts, machine)
+
+    return estimate
+
+
+def test_a_model_is_as_large_as_its_tensors_say():
+    tensors = {
+        "model.embed_tokens.weight": TensorInfo(dtype="BF16", shape=[100, 8], data_offsets=(0, 1600)),
+        "model.layers.0.up.weight": TensorInfo(dtype="BF16", shape=[32, 8], data_offsets=(0, 512)),
+        "model.norm.weight": TensorInfo(dtype="F32", shape=[8], data_offsets=(0, 32)),
+    }
+    sizes = sizes_of(Model(None, {}, None, None, None, tensors), 8, "two")
+    assert sizes == Sizes(1064, 2144, 40, 8, 8, 0, 100)
+
+
+def test_a_cpu_loads_four_bytes_a_parameter_and_a_gpu_what_is_stored():
+    assert SMALL.loaded_bytes(CPU) == 4 * SMALL.parameters
+    assert SMALL.loaded_bytes(GPU) == SMALL.stored_bytes
+
+
+def test_work_grows_with_steps_and_only_where_they_are_taken(need):
+    few, many = need(), need(Plan(phases=(Phase(steps=240),)))
+    assert many.work["distil"].trained == 10 * few.work["distil"].trained
+    assert many.work["evaluate"] == few.work["evaluate"]
+
+
+def test_answers_are_no_more_than_there_are_prompts(need):
+    many = need(Plan(phases=(Phase(steps=10_000),)))
+    assert many.work["generate"].generated <= 256 * ROWS.rows
+
+
+def test_a_method_without_training_trains_nothing(need):
+    assert need(Plan(phases=())).work["distil"].trained == 0
+
+
+def test_rollouts_are_generated_while_the_student_learns(need):
+    assert need().work["distil"].generated == 0
+    assert need(Plan(phases=(Phase("student"),))).work["distil"].generated == 24 * 8 * 256
+
+
+def test_a_skill_to_keep_doubles_what_is_trained(need):
+    kept = need(amounts=Amounts(756, 30, keep_rows=100))
+    assert kept.work["distil"].trained == 2 * need().work["distil"].trained
+
+
+def test_full_training_needs_more_memory_than_an_adapter_and_more_than_the_weights(need):
+    adapter, full = need(), need(Plan(trainable=Training("full")))
+    assert BASE_BYTES + SMALL.loaded_bytes(CPU) < adapter.memory_bytes < full.memory_bytes
+    assert full.least_memory_bytes > adapter.least_memory_bytes
+
+
+def test_a_teacher_beside_the_student_needs_its_own_memory(need):
+    beside = (
+        need(Plan(phases=(Phase("student"),))).memory_bytes - need(Plan(phases=(Phase("x"),))).memory_bytes
+    )
+    assert beside == SMALL.loaded_bytes(CPU)
+
+
+def test_a_whole_model_takes_more_disk_than_an_adapter(need):
+    assert need(Plan(output="merged")).disk_bytes > need().disk_bytes

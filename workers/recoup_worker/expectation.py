@@ -1,0 +1,53 @@
+"""What a recovery was expected to take, and what its machine learns from how long it took."""
+
+from pathlib import Path
+
+from recoup.schemas import CostEstimate, CreateRecovery
+from recoup_jobs import calibration
+from recoup_jobs.claims import Claim
+from recoup_jobs.errors import Unprocessable
+from recoup_jobs.forecast import cost_of, forecast
+from recoup_jobs.ledger import Ledger
+from recoup_jobs.preflight import Look, look
+from recoup_jobs.settings import Settings
+from recoup_ml.errors import RecoveryError
+from recoup_ml.plan import make_plan
+from recoup_worker.journal import LedgerJournal
+
+EXPECTED = "expected.json"
+
+
+def expect(request: CreateRecovery, seen: Look, ledger: Ledger, settings: Settings, folder: Path) -> None:
+    """Leaves the estimate in the preflight's folder, if the request can be planned before it is measured."""
+    assert seen.student and seen.teacher, "preflight refused nothing, so both can be read"
+    try:
+        found = forecast(request, seen.student, seen.teacher, ledger, settings, make_plan, RecoveryError)
+    except Unprocessable:  # the diagnosis may know better
+        return
+    (folder / EXPECTED).write_text(cost_of(found, ledger, settings.queue).model_dump_json())
+
+
+def expected(folder: Path) -> CostEstimate | None:
+    """What `expect` left there."""
+    place = folder / EXPECTED
+    return CostEstimate.model_validate_json(place.read_bytes()) if place.exists() else None
+
+
+def learn(claim: Claim, ledger: Ledger, settings: Settings, journal: LedgerJournal) -> None:
+    """Writes down how long each stage took, by the plan that was carried out.
+
+    A job that was taken up a second time, or needed no recovery, teaches nothing: what its stages took is
+    not what such work takes.
+    """
+    from recoup_ml import results
+    from recoup_ml.plan import Plan
+
+    generated = ledger.committed(claim.job_id).get("generate")
+    seen = look(claim.request, ledger, settings)
+    if generated is None or claim.epoch > 1 or not (seen.student and seen.teacher):
+        return
+    plan = results.read(settings.stage_folder(generated) / "plan.json", Plan)
+    found = forecast(
+        claim.request, seen.student, seen.teacher, ledger, settings, lambda *_: plan, RecoveryError
+    )
+    calibration.record(ledger, settings.queue, claim.job_id, found.measured(journal.stage_seconds()))
