@@ -7,15 +7,26 @@ from fastapi import Depends, FastAPI
 from fastapi.concurrency import run_in_threadpool
 
 import recoup
-from recoup.schemas import ChangeRecovery, CreateDiagnosis, CreateRecovery, Problem
+from recoup.schemas import ChangeRecovery, CreateDeployment, CreateDiagnosis, CreateRecovery, Problem
 from recoup.schemas.webhook import CreateWebhook
-from recoup_api import diagnoses, document, files, fine_tuning, ops, problems, recoveries, webhooks
+from recoup_api import (
+    deployments,
+    diagnoses,
+    document,
+    files,
+    fine_tuning,
+    ops,
+    problems,
+    recoveries,
+    webhooks,
+)
 from recoup_api.guard import Guard
 from recoup_api.idempotency import InFlightKeys
 from recoup_api.limit import BodyLimit
 from recoup_api.query import known_query
 from recoup_api.rates import Rates
 from recoup_api.watch import Watch
+from recoup_jobs.deployments import Deployments
 from recoup_jobs.dispatch import Publish, celery_app, celery_publisher
 from recoup_jobs.keys import Keyring
 from recoup_jobs.ledger import Ledger
@@ -30,10 +41,11 @@ ROUTERS = (
     files.router,
     fine_tuning.router,
     webhooks.router,
+    deployments.router,
     ops.router,
 )
 
-INPUTS = (CreateRecovery, ChangeRecovery, CreateDiagnosis, CreateJob, CreateWebhook)
+INPUTS = (CreateRecovery, ChangeRecovery, CreateDiagnosis, CreateJob, CreateWebhook, CreateDeployment)
 """Models of JSON bodies."""
 
 
@@ -56,6 +68,7 @@ def create_app(
     )
     app.state.settings, app.state.ledger, app.state.sweeper = settings, ledger, sweeper
     app.state.watch, app.state.in_flight = Watch(ledger), InFlightKeys()
+    app.state.deployments = Deployments(ledger, settings.serve_urls)
     app.state.secret = installation_secret(settings)
     app.add_middleware(BodyLimit, larger_by_path={"/v1/files": files.LARGEST_UPLOAD})
     rates = Rates(settings.requests_per_second, settings.request_burst)

@@ -120,6 +120,13 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("get", "/v1/webhooks"): _o("listWebhooks", "List webhooks, oldest first"),
     ("get", "/v1/webhooks/{id}"): _o("getWebhook", "Read a webhook", {404}),
     ("delete", "/v1/webhooks/{id}"): _o("deleteWebhook", "Be told no more", {404}),
+    ("post", "/v1/deployments"): _o("createDeployment", "Serve what a recovery handed over", CREATES),
+    ("get", "/v1/deployments"): _o("listDeployments", "List deployments, newest first"),
+    ("get", "/v1/deployments/{id}"): _o("getDeployment", "Read a deployment", {404}),
+    ("delete", "/v1/deployments/{id}"): _o("withdrawDeployment", "Take a deployment out of service", {404}),
+    ("post", "/v1/deployments/{id}/rollback"): _o(
+        "rollBackDeployment", "Serve what had the name before", {404, 409}
+    ),
     ("get", "/v1/capabilities"): _o("getCapabilities", "What this installation can do"),
     ("get", "/healthz"): _o("getHealth", "Whether the process is alive"),
     ("get", "/readyz"): _o("getReadiness", "Whether the service can work", {503}),

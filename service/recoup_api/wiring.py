@@ -6,6 +6,7 @@ from typing import Annotated
 from fastapi import Depends, Query, Request
 
 from recoup_api.watch import Watch
+from recoup_jobs.deployments import Deployments
 from recoup_jobs.errors import Forbidden, NotFound
 from recoup_jobs.keys import Caller
 from recoup_jobs.kinds import PREFIXES, JobKind, kind_of
@@ -39,6 +40,11 @@ async def _watch(request: Request) -> Watch:
     return watch
 
 
+async def _deployments(request: Request) -> Deployments:
+    deployments: Deployments = request.app.state.deployments
+    return deployments
+
+
 async def _caller(request: Request) -> Caller:
     caller: Caller = request.state.caller
     return caller
@@ -58,6 +64,7 @@ def needs(what: str) -> Callable[[Request], Awaitable[None]]:
 TheLedger = Annotated[Ledger, Depends(_ledger)]
 TheSettings = Annotated[Settings, Depends(_settings)]
 TheWatch = Annotated[Watch, Depends(_watch)]
+TheDeployments = Annotated[Deployments, Depends(_deployments)]
 TheCaller = Annotated[Caller, Depends(_caller)]
 
 
