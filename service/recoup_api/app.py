@@ -31,6 +31,7 @@ from recoup_jobs.dispatch import Publish, celery_app, celery_publisher
 from recoup_jobs.keys import Keyring
 from recoup_jobs.ledger import Ledger
 from recoup_jobs.openai_jobs import CreateJob
+from recoup_jobs.reconciler import Reconciler
 from recoup_jobs.settings import Settings
 from recoup_jobs.signing import installation_secret
 from recoup_jobs.sweeper import Sweeper
@@ -52,21 +53,23 @@ INPUTS = (CreateRecovery, ChangeRecovery, CreateDiagnosis, CreateJob, CreateWebh
 def create_app(
     settings: Settings, ledger: Ledger, *, publish: Publish | None = None, sweep: bool = True
 ) -> FastAPI:
-    """The application. It sweeps too, unless told not to or there is nowhere to publish hints.
+    """The application. It sweeps and reconciles too, unless told not to, or there is nowhere to do it.
 
     `publish` replaces the Celery broker of the settings. The caller keeps the ledger, and closes it.
     """
     if publish is None and settings.broker_url is not None:
         publish = celery_publisher(celery_app(settings.broker_url))
     sweeper = Sweeper(ledger, publish, settings) if publish and sweep else None
+    reconciler = Reconciler(ledger, settings) if settings.serve_urls and sweep else None
     app = FastAPI(
         title="Recoup",
         version=recoup.__version__,
-        lifespan=_sweeping(sweeper),
+        lifespan=_with_threads(sweeper, reconciler),
         redirect_slashes=False,
         responses={"default": {"model": Problem, "description": "What went wrong (RFC 9457)."}},
     )
-    app.state.settings, app.state.ledger, app.state.sweeper = settings, ledger, sweeper
+    app.state.settings, app.state.ledger = settings, ledger
+    app.state.sweeper, app.state.reconciler = sweeper, reconciler
     app.state.watch, app.state.in_flight = Watch(ledger), InFlightKeys()
     app.state.deployments = Deployments(ledger, settings.serve_urls)
     app.state.secret = installation_secret(settings)
@@ -80,16 +83,20 @@ def create_app(
     return app
 
 
-def _sweeping(sweeper: Sweeper | None) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+def _with_threads(
+    *threads: Sweeper | Reconciler | None,
+) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    """Threads that run while the application serves."""
+    running = [thread for thread in threads if thread is not None]
+
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        if sweeper is None:
-            yield
-            return
-        sweeper.start()
+        for thread in running:
+            thread.start()
         try:
             yield
         finally:
-            await run_in_threadpool(sweeper.stop)
+            for thread in running:
+                await run_in_threadpool(thread.stop)
 
     return lifespan

@@ -143,10 +143,16 @@ class Deployments:
         with self._ledger.reading() as conn:
             return self._shown(conn, conn.execute(query).all())
 
-    def ended(self, seconds: float) -> list[str]:
-        """The ids of those that ended so long ago, and that some server may still have."""
+    def ended(self, seconds: float) -> list[tuple[str, str]]:
+        """(id, server) of those that ended so long ago, and that the server may still have."""
         gone = deployments.c.ended_at < now() - seconds, deployments.c.state.not_in(WANTED)
-        query = select(deployments.c.id).where(*gone).join(placements).distinct()
+        query = select(deployments.c.id, placements.c.replica).join(placements).where(*gone)
+        with self._ledger.reading() as conn:
+            return [(row.id, row.replica) for row in conn.execute(query)]
+
+    def placed(self, id: str) -> list[str]:
+        """The servers on which it stands."""
+        query = select(placements.c.replica).where(placements.c.deployment_id == id)
         with self._ledger.reading() as conn:
             return [*conn.execute(query).scalars()]
 

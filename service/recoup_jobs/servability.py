@@ -1,12 +1,10 @@
 """Whether vLLM would serve what a recovery hands over, as far as its files tell, and how it must be started.
 
-What vLLM refuses is at least told late; worse is what it takes without a word. It loads weights that lie
-elsewhere than it looks by not loading them (vllm#34186), and scales every layer alike whatever
-`alpha_pattern` says. Here the configuration and the names of the tensors are read, without torch. Whether
-the weights then do what they did in training is asked of the running server: `effect.py`.
+What vLLM refuses is at least told late; worse is what it takes without a word: weights that lie elsewhere
+than it looks (vllm#34186). Here the configuration and the names of the tensors are read, without torch.
+Whether the weights then do what they did in training is asked of the running server: `effect.py`.
 """
 
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -23,8 +21,16 @@ LARGEST_CONFIG = 1 << 20
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TENSOR = re.compile(r"base_model\.model\.(?P<module>[A-Za-z0-9_.]+)\.lora_[AB]\.weight")
 UNSERVED_MODULES = frozenset({"lm_head", "embed_tokens", "wte", "embed_in", "embed_out"})
-SAME_SCALE = 0.02
-"""How far alpha / rank of two layers may be apart, relatively: the alpha of a pattern is a whole number."""
+UNSERVED_FEATURES = (
+    "lora_bias",
+    "alora_invocation_tokens",
+    "layer_replication",
+    "use_bdlora",
+    "use_qalora",
+    "target_parameters",
+)
+PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica", "lora_ga"})
+"""Which leave the base as it is; others by name do not."""
 
 
 def require_servable(folder: Path) -> int:
@@ -41,7 +47,7 @@ def require_servable(folder: Path) -> int:
         raise _refused("modules_to_save_not_servable", "vLLM serves no whole layers beside an adapter")
     if config.get("bias", "none") != "none":
         raise _refused("bias_not_servable", "vLLM serves no biases of an adapter")
-    _require_one_scale(config)
+    _require_plain(config)
     _require_names(folder)
     return _ladder(max([_number(config, "r"), *_pattern(config, "rank_pattern").values()]))
 
@@ -71,15 +77,14 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _require_one_scale(config: dict[str, Any]) -> None:
-    """alpha / rank, which vLLM takes from the head of the configuration for every layer."""
-    ranks, alphas = _pattern(config, "rank_pattern"), _pattern(config, "alpha_pattern")
-    whole = _number(config, "lora_alpha") / _number(config, "r")
-    for name in ranks.keys() | alphas.keys():
-        own = alphas.get(name, _number(config, "lora_alpha")) / ranks.get(name, _number(config, "r"))
-        if not math.isclose(own, whole, rel_tol=SAME_SCALE):
-            message = f"layers have alpha / rank of {own:.4g} and {whole:.4g}; vLLM scales all layers alike"
-            raise _refused("uneven_scale_not_servable", message)
+def _require_plain(config: dict[str, Any]) -> None:
+    """Nothing in it that vLLM's own `PEFTHelper` refuses."""
+    used = [name for name in UNSERVED_FEATURES if config.get(name)]
+    if used:
+        raise _refused("adapter_not_servable", f"vLLM serves no adapter with {used[0]}")
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower() not in PLAIN_INITS:
+        raise _refused("adapter_not_servable", f"init_lora_weights {init[:40]} has changed the base weights")
 
 
 def _require_names(folder: Path) -> None:

@@ -72,6 +72,8 @@ class Settings(BaseSettings):
     """That one server answers at a time for the gateway of one process; more wait for their turn outside."""
     answer_seconds: Seconds = 300
     """For so long a server may be silent in the middle of an answer."""
+    reconcile_seconds: Seconds = 2
+    """How often the servers are compared with what is wanted."""
     probe_seconds: Seconds = 60
     """How often what a deployment does on a server is measured again."""
     max_stored_bytes: Count = 100 << 30

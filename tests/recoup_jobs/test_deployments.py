@@ -125,7 +125,7 @@ def test_what_ended_is_cleared_from_the_servers_that_have_it(add, deployments):
     deployments.place(id, Placed(REPLICAS[0], "ready"))
     assert deployments.ended(0) == []
     deployments.withdraw(id, "ours")
-    assert (deployments.ended(-1), deployments.ended(60)) == ([id], [])
+    assert (deployments.ended(-1), deployments.ended(60)) == ([(id, REPLICAS[0])], [])
     deployments.remove(id, REPLICAS[0])
     assert deployments.ended(-1) == []
 
