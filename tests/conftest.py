@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from sqlalchemy import create_engine, text
 from sqlalchemy.exc import OperationalError
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -158,15 +158,18 @@ class Upstream:
             return JSONResponse({"choices": [self._scored(model, *row) for row in enumerate(body["prompt"])]})
         if body.get("stream"):
             return StreamingResponse(self._streamed(body), media_type="text/event-stream")
-        return await self._whole(body)
+        return await self._whole(request, body)
 
     def _scored(self, model: str, index: int, ids: list[int]) -> dict[str, Any]:
         told = [{str(token): {"logprob": self.log_p(model, token, at)}} for at, token in enumerate(ids)]
         return {"index": index, "text": "", "prompt_logprobs": [None, *told[1:]]}
 
-    async def _whole(self, body: dict[str, Any]) -> Response:
+    async def _whole(self, request: Request, body: dict[str, Any]) -> Response:
         with self._counted():
-            await asyncio.sleep(self.pause * len(self.words))
+            for _ in self.words:
+                await asyncio.sleep(self.pause)
+                if await request.is_disconnected():
+                    raise ClientDisconnect
         text = " ".join(self.words)
         said = {"message": {"role": "assistant", "content": text}} if "messages" in body else {"text": text}
         choices = [{"index": index, "finish_reason": "stop"} | said for index in range(body.get("n", 1))]

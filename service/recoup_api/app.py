@@ -15,14 +15,17 @@ from recoup_api import (
     document,
     files,
     fine_tuning,
+    inference,
     ops,
     problems,
     recoveries,
     webhooks,
 )
+from recoup_api.gateway import Gateway
 from recoup_api.guard import Guard
 from recoup_api.idempotency import InFlightKeys
 from recoup_api.limit import BodyLimit
+from recoup_api.prompting import CreateChatCompletion, CreateCompletion
 from recoup_api.query import known_query
 from recoup_api.rates import Rates
 from recoup_api.watch import Watch
@@ -43,10 +46,20 @@ ROUTERS = (
     fine_tuning.router,
     webhooks.router,
     deployments.router,
+    inference.router,
     ops.router,
 )
 
-INPUTS = (CreateRecovery, ChangeRecovery, CreateDiagnosis, CreateJob, CreateWebhook, CreateDeployment)
+INPUTS = (
+    CreateRecovery,
+    ChangeRecovery,
+    CreateDiagnosis,
+    CreateJob,
+    CreateWebhook,
+    CreateDeployment,
+    CreateChatCompletion,
+    CreateCompletion,
+)
 """Models of JSON bodies."""
 
 
@@ -72,6 +85,7 @@ def create_app(
     app.state.sweeper, app.state.reconciler = sweeper, reconciler
     app.state.watch, app.state.in_flight = Watch(ledger), InFlightKeys()
     app.state.deployments = Deployments(ledger, settings.serve_urls)
+    app.state.gateway = Gateway(app.state.deployments, settings)
     app.state.secret = installation_secret(settings)
     app.add_middleware(BodyLimit, larger_by_path={"/v1/files": files.LARGEST_UPLOAD})
     rates = Rates(settings.requests_per_second, settings.request_burst)
@@ -90,12 +104,13 @@ def _with_threads(
     running = [thread for thread in threads if thread is not None]
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         for thread in running:
             thread.start()
         try:
             yield
         finally:
+            await app.state.gateway.close()
             for thread in running:
                 await run_in_threadpool(thread.stop)
 

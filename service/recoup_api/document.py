@@ -22,6 +22,7 @@ ALWAYS = frozenset({400, 401, 403, 422, 429, 431, 500, 503})
 OPEN = frozenset({400, 422, 431, 500})
 """What any route at all may answer."""
 CREATES = frozenset({408, 409, 413, 415, 507})
+ANSWERS = frozenset({404, 408, 413, 415})
 KEY = "Not asked for before the first key is made."
 DESCRIPTION = (
     "Restores language models that lost ability, and proves it. Errors are RFC 9457 problems: compare "
@@ -127,6 +128,12 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("post", "/v1/deployments/{id}/rollback"): _o(
         "rollBackDeployment", "Serve what had the name before", {404, 409}
     ),
+    ("get", "/v1/models"): _o("listModels", "List what is served, with where it comes from"),
+    ("get", "/v1/models/{id}"): _o("getModel", "Read what is served under a name", {404}),
+    ("post", "/v1/chat/completions"): _o(
+        "createChatCompletion", "Answer a conversation", ANSWERS, "text/event-stream"
+    ),
+    ("post", "/v1/completions"): _o("createCompletion", "Go on with a text", ANSWERS, "text/event-stream"),
     ("get", "/v1/capabilities"): _o("getCapabilities", "What this installation can do"),
     ("get", "/healthz"): _o("getHealth", "Whether the process is alive"),
     ("get", "/readyz"): _o("getReadiness", "Whether the service can work", {503}),

@@ -45,6 +45,15 @@ WEBHOOK_REQUEST = {"url": "https://hooks.example.com/recoup", "events": ["recove
 
 DEPLOYMENT_REQUEST = {"recovery": RECOVERY_ID, "name": "support"}
 
+CHAT_REQUEST = {
+    "model": "support",
+    "messages": [{"role": "user", "content": "What is the capital of France?"}],
+    "max_tokens": 40,
+    "temperature": 0,
+}
+
+COMPLETION_REQUEST = {"model": "support", "prompt": "The capital of France is", "max_tokens": 8}
+
 PROBLEM = Problem(
     type="urn:recoup:problem:invalid_value",
     title="Unprocessable Entity",
@@ -124,6 +133,21 @@ _deployment = Deployment(
     live_at=AT + 20,
     ended_at=None,
 ).model_dump(mode="json")
+_model = {
+    "id": "support",
+    "object": "model",
+    "created": int(AT),
+    "owned_by": "recoup",
+    "deployment": _deployment["id"],
+    "lineage": _deployment["lineage"],
+}
+_choice = {"index": 0, "finish_reason": "stop", "logprobs": None}
+_completion = {
+    "id": "chatcmpl-1",
+    "created": int(AT),
+    "model": "support",
+    "usage": {"prompt_tokens": 14, "completion_tokens": 3, "total_tokens": 17},
+}
 _artifact = Artifact(object="artifact", path="report.json", size=2048, sha256=_file["sha256"]).model_dump()
 
 
@@ -156,6 +180,15 @@ EXAMPLES: dict[str, Any] = {
     "getDeployment": _deployment,
     "withdrawDeployment": _deployment | {"state": "withdrawn", "ended_at": AT + 60},
     "rollBackDeployment": _deployment | {"state": "pending", "version": 5},
+    "listModels": _page(_model),
+    "getModel": _model,
+    "createChatCompletion": _completion
+    | {
+        "object": "chat.completion",
+        "choices": [_choice | {"message": {"role": "assistant", "content": "Paris."}}],
+    },
+    "createCompletion": _completion
+    | {"object": "text_completion", "choices": [_choice | {"text": " Paris."}]},
     "getCapabilities": Capabilities(
         version="0.1.0",
         damages=["finetuning", "quantization", "pruning"],

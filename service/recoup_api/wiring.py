@@ -1,7 +1,7 @@
 """What handlers ask for by type: the application's ledger and settings, who calls, the bounds of a page."""
 
 from collections.abc import Awaitable, Callable
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import Depends, Query, Request
 
@@ -50,11 +50,11 @@ async def _caller(request: Request) -> Caller:
     return caller
 
 
-def needs(what: str) -> Callable[[Request], Awaitable[None]]:
-    """A dependency of a router: its GETs need the scope `<what>:read`, all else `<what>:write`."""
+def needs(what: str, how: Literal["read"] | None = None) -> Callable[[Request], Awaitable[None]]:
+    """A dependency of a router: its GETs need the scope `<what>:read`, all else `<what>:write` or `how`."""
 
     async def check(request: Request) -> None:
-        scope = f"{what}:{'read' if request.method == 'GET' else 'write'}"
+        scope = f"{what}:{how or ('read' if request.method == 'GET' else 'write')}"
         if scope not in request.state.caller.scopes:
             raise Forbidden("insufficient_scope", f"this key lacks the scope {scope}")
 

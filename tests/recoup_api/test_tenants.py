@@ -32,7 +32,8 @@ def holder(app, ledger):
     return client
 
 
-NOT_FOUND = {f"{kind}_not_found" for kind in ("recovery", "diagnosis", "file", "webhook", "deployment")}
+KINDS = ("recovery", "diagnosis", "file", "webhook", "deployment", "model")
+NOT_FOUND = {f"{kind}_not_found" for kind in KINDS}
 
 
 def upload(client):
@@ -58,7 +59,7 @@ def test_what_a_tenant_has_is_unknown_to_another(app, ledger, holder, body):
     ids["webhooks"] = ours.post("/v1/webhooks", json={"url": "https://93.184.216.34/"}).json()["id"]
     lineage = Lineage(recovery=ids["recoveries"], student="s", teacher="t", outcome="recovered")
     new = NewDeployment(new_id(), "ours", "m", "adapter", lineage, Launch(arguments=[], environment={}))
-    ids["deployments"] = Deployments(ledger, []).add(new, 1).id
+    ids["deployments"], ids["models"] = Deployments(ledger, []).add(new, 1).id, new.name
     ledger.claim("worker", ["gpu.cpu"], 30)
     before = ours.get(f"/v1/recoveries/{ids['recoveries']}").json()
     for method, path in addresses(app, ids):

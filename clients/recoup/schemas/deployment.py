@@ -73,6 +73,18 @@ class Deployment(Output):
     ended_at: float | None
 
 
+class ServedModel(Output):
+    """A deployment as `/v1/models` lists it, in OpenAI's shape."""
+
+    id: str
+    """Its name."""
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    deployment: str
+    lineage: Lineage
+
+
 class ProbeRow(Output):
     """One held-out answer of the teacher, and how likely it was to the trainer's models."""
 
