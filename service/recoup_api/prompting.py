@@ -89,7 +89,7 @@ DEFAULTS: dict[str, Any] = {
 class CreateChatCompletion(Sampling):
     """The body of `POST /v1/chat/completions`."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1000)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=256)]
     max_tokens: Tokens | None = None
     """Where an answer is cut; null: where the server's longest sequence ends."""
     max_completion_tokens: Tokens | None = None
