@@ -154,15 +154,16 @@ class Upstream:
             self.load(model, self.resolves / model)
         if model != self.base and model not in self.adapters:
             return _openai_error(404, f"The model `{model}` does not exist.")
-        if body.get("prompt_logprobs") is not None:
-            return JSONResponse({"choices": [self._scored(model, *row) for row in enumerate(body["prompt"])]})
+        if body.get("allowed_token_ids"):
+            return JSONResponse({"choices": [self._forced(model, body)]})
         if body.get("stream"):
             return StreamingResponse(self._streamed(body), media_type="text/event-stream")
         return await self._whole(request, body)
 
-    def _scored(self, model: str, index: int, ids: list[int]) -> dict[str, Any]:
-        told = [{str(token): {"logprob": self.log_p(model, token, at)}} for at, token in enumerate(ids)]
-        return {"index": index, "text": "", "prompt_logprobs": [None, *told[1:]]}
+    def _forced(self, model: str, body: dict[str, Any]) -> dict[str, Any]:
+        (token,) = body["allowed_token_ids"]
+        log_p = self.log_p(model, token, len(body["prompt"]))
+        return {"index": 0, "text": "", "token_ids": [token], "logprobs": {"token_logprobs": [log_p]}}
 
     async def _whole(self, request: Request, body: dict[str, Any]) -> Response:
         with self._counted():
@@ -243,12 +244,11 @@ def write_adapter():
         (folder / "adapter" / "adapter_config.json").write_text(json.dumps(lora))
         weights = {name: numpy.full((4, 4), effect, numpy.float32) for name in names}
         save_file(weights, folder / "adapter" / "adapter_model.safetensors")
-        rows = [([1, 2, row], [row + 3, row + 4, 9]) for row in range(4)]
         told = []
-        for prompt, answer in rows:
-            known = sum(token_log_p(base, token, 3 + at) for at, token in enumerate(answer))
-            row = {"prompt_ids": prompt, "answer_ids": answer, "base": known}
-            told.append(row | {"recovered": known + effect * len(answer)})
+        for row in range(4):
+            ids, token = [1, 2, *range(row)], row + 3
+            known = token_log_p(base, token, len(ids))
+            told.append({"ids": ids, "token": token, "base": known, "recovered": known + effect})
         probe = {"object": "recovery.probe", "base_sha256": sha256, "rows": told}
         (folder / "probe.json").write_text(json.dumps(probe))
         (folder / "report.json").write_text("{}")

@@ -1,9 +1,9 @@
 """The effect probe: whether a server does with an adapter what the trainer saw it do. Pure arithmetic.
 
 vLLM can answer 200, list the adapter, and serve the base model (vllm#34186, #55193). So both are asked how
-likely they find a few held-out answers, and compared with what the trainer measured on the same token ids.
-Per row i, in nats a token (the sum over the answer divided by its length): b_i and r_i are the trainer's
-student and recovered model, B_i and R_i the server's. With ‖x‖ the root mean square over rows:
+likely they find a few tokens of held-out answers, and compared with what the trainer measured after the same
+token ids. Per token i, in nats: b_i and r_i are log p by the trainer's student and recovered model, B_i and
+R_i by the server's. With ‖x‖ the root mean square over tokens:
 
     effect           ‖r - b‖        what training changed
     another base     ‖B - b‖        beyond the tolerance
@@ -31,15 +31,13 @@ def verdict(
     """Why the server must not serve, or None.
 
     Args:
-        served: log p of each row's answer under what was deployed, summed, nats.
+        served: log p of each row's token under what was deployed, nats.
         base: the same under the student; None where the server holds a whole model and no student.
     """
-    sizes = [len(row.answer_ids) for row in probe.rows]
-    trained = _each([row.recovered for row in probe.rows], sizes)
-    student = _each([row.base for row in probe.rows], sizes)
-    found = _each(served, sizes)
-    found_base = student if base is None else _each(base, sizes)
-    if not all(map(math.isfinite, (*found, *found_base))):
+    trained = [row.recovered for row in probe.rows]
+    student = [row.base for row in probe.rows]
+    found_base = student if base is None else base
+    if not all(map(math.isfinite, (*served, *found_base))):
         return JobError(code="probe_not_finite", message="The server computes NaN or infinity.")
     effect = _distance(trained, student)
     tolerance = max(TOLERANCE_NATS, TOLERANCE_SHARE * effect)
@@ -47,15 +45,11 @@ def verdict(
         return _said("effect_too_small", effect, "is all that training changed, too little to be told apart")
     if (apart := _distance(found_base, student)) > tolerance:
         return _said("base_mismatch", apart, "lie between the server's student and the one that was trained")
-    if (changed := _distance(found, found_base)) < LEAST_SHARE * effect:
+    if (changed := _distance(served, found_base)) < LEAST_SHARE * effect:
         return _said("no_effect", changed, f"is all that it changes on the server; in training {effect:.3g}")
-    if (apart := _distance(found, trained)) > tolerance:
+    if (apart := _distance(served, trained)) > tolerance:
         return _said("effect_mismatch", apart, f"lie between server and trainer; the effect is {effect:.3g}")
     return None
-
-
-def _each(sums: Sequence[float], sizes: Sequence[int]) -> list[float]:
-    return [total / size for total, size in zip(sums, sizes, strict=True)]
 
 
 def _distance(one: Sequence[float], other: Sequence[float]) -> float:

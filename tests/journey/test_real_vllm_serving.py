@@ -33,6 +33,7 @@ from recoup.schemas import CreateDeployment, CreateRecovery, Deployment, EffectP
 from recoup_api.app import create_app
 from recoup_jobs.artifacts import ARTIFACTS, publish
 from recoup_jobs.deployments import Deployments
+from recoup_jobs.keys import NewKey, create_key
 from recoup_jobs.ledger import Ledger, open_ledger
 from recoup_jobs.publication import prepared, weights_sha256
 from recoup_jobs.reconciler import Reconciler
@@ -89,7 +90,7 @@ def adapter(student: Path, home: Path) -> Path:
     """A random one, with the probe that a recovery would hand over."""
     folder = home / "out"
     base = AutoModelForCausalLM.from_pretrained(student)
-    rows = [(list(range(5 + row, 11 + row)), list(range(20 + 3 * row, 28 + 3 * row))) for row in range(8)]
+    rows = [(list(range(5 + row, 11 + 2 * row)), 20 + 3 * row) for row in range(16)]
     before = [log_p(base, *row) for row in rows]
     adapted = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
     set_seed(1)
@@ -98,8 +99,8 @@ def adapter(student: Path, home: Path) -> Path:
             weight.data.normal_(0, 0.15)
     adapted.eval().save_pretrained(folder / "adapter")
     told = [
-        ProbeRow(prompt_ids=ids, answer_ids=answer, base=base_p, recovered=log_p(adapted, ids, answer))
-        for (ids, answer), base_p in zip(rows, before, strict=True)
+        ProbeRow(ids=ids, token=token, base=base_p, recovered=log_p(adapted, ids, token))
+        for (ids, token), base_p in zip(rows, before, strict=True)
     ]
     probe = EffectProbe(object="recovery.probe", base_sha256=weights_sha256(student), rows=told)
     (folder / "probe.json").write_text(probe.model_dump_json())
@@ -108,9 +109,8 @@ def adapter(student: Path, home: Path) -> Path:
 
 
 @torch.inference_mode()
-def log_p(model: torch.nn.Module, prompt: list[int], answer: list[int]) -> float:
-    log_p_AV = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-    return float(log_p_AV.gather(-1, torch.tensor(answer).unsqueeze(-1)).sum())
+def log_p(model: torch.nn.Module, ids: list[int], token: int) -> float:
+    return float(model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)[token])
 
 
 class Server:
@@ -210,9 +210,8 @@ def gateway(settings: Settings, ledger: Ledger) -> Iterator[openai.OpenAI]:
     thread = threading.Thread(target=service.run, kwargs={"sockets": [listener]})
     thread.start()
     url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-    with openai.OpenAI(
-        base_url=url, api_key="none", max_retries=20, default_headers={"Authorization": openai.omit}
-    ) as client:
+    key = create_key(ledger, NewKey(DEFAULT_TENANT, "test"))
+    with openai.OpenAI(base_url=url, api_key=key, max_retries=20) as client:
         yield client
     service.should_exit = True
     thread.join()

@@ -140,7 +140,7 @@ LORA = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path":
 PROBE = {
     "object": "recovery.probe",
     "base_sha256": "0" * 64,
-    "rows": [{"prompt_ids": [1, 2], "answer_ids": [3], "base": -3.0, "recovered": -1.0}],
+    "rows": [{"ids": [1, 2], "token": 3, "base": -3.0, "recovered": -1.0}],
 }
 
 

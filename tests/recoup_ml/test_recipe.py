@@ -252,15 +252,13 @@ def test_kl_before_and_after_are_those_of_plain_forward_passes(forgetful: Finish
 
 @torch.inference_mode()
 def log_probability(model: PreTrainedModel, row: ProbeRow) -> float:
-    """log p(answer | prompt), by transformers' own forward pass."""
-    ids = torch.tensor([[*row.prompt_ids, *row.answer_ids]])
-    log_p_AV = model(input_ids=ids).logits[0, len(row.prompt_ids) - 1 : -1].log_softmax(-1)
-    return float(log_p_AV.gather(-1, torch.tensor(row.answer_ids).unsqueeze(-1)).sum())
+    """log p(token | ids), by transformers' own forward pass."""
+    return float(model(input_ids=torch.tensor([row.ids])).logits[0, -1].log_softmax(-1)[row.token])
 
 
 def test_the_probe_holds_a_server_to_what_plain_forward_passes_find(forgetful: Finished) -> None:
     probe = EffectProbe.model_validate_json(forgetful.journal.published["probe.json"].read_text())
-    assert (probe.base_sha256, len(probe.rows)) == (forgetful.report.provenance.student_sha256, 8)
+    assert (probe.base_sha256, len(probe.rows)) == (forgetful.report.provenance.student_sha256, 16)
     student = AutoModelForCausalLM.from_pretrained(forgetful.run.student)
     base = [log_probability(student, row) for row in probe.rows]
     assert base == pytest.approx([row.base for row in probe.rows], abs=1e-3)

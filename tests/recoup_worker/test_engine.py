@@ -121,13 +121,19 @@ def test_greedy_answers_and_log_probabilities_are_those_of_peft_whoever_spoke_be
         model = by_peft(settings, name)
         text = complete(engine, model=name, prompt=prompt)["choices"][0]["text"]
         assert text.split() == greedy(model, prompt, 8)
-        body = {"model": name, "prompt": [given], "max_tokens": 1, "prompt_logprobs": 0}
-        told = complete(engine, **body)["choices"][0]["prompt_logprobs"]
         with torch.inference_mode():
             log_p_TV = model(torch.tensor([given])).logits[0].log_softmax(-1)
         for at in range(1, len(given)):
+            forced = {
+                "max_tokens": 1,
+                "allowed_token_ids": [given[at]],
+                "logprobs": 0,
+                "return_token_ids": True,
+            }
+            (choice,) = complete(engine, model=name, prompt=given[:at], **forced)["choices"]
+            assert choice["token_ids"] == [given[at]]
             expected = float(log_p_TV[at - 1, given[at]])
-            assert told[at][str(given[at])]["logprob"] == pytest.approx(expected, abs=1e-4)
+            assert choice["logprobs"]["token_logprobs"] == [pytest.approx(expected, abs=1e-4)]
 
 
 def test_a_chat_is_put_into_the_models_template(engine, settings):

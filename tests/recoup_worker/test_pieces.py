@@ -44,9 +44,10 @@ def test_what_may_begin_a_stop_text_is_held_back():
 
 
 def test_tokens_are_counted_and_spelt():
-    shape = Shape.of("text", "m", True, lambda id: f"t{id}")
+    shape = Shape.of("text", "m", True, True, lambda id: f"t{id}")
     answer = [*pieces(tokens("a", "b"), [], 2)]
     told = shape.whole([answer], usage_of(3, [answer]))
     assert told["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    assert told["choices"][0]["token_ids"] == [0, 1]
     assert told["choices"][0]["logprobs"]["tokens"] == ["t0", "t1"]
     assert told["choices"][0]["logprobs"]["text_offset"] == [0, 2]

@@ -26,6 +26,8 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
+    allowed_token_ids: Sequence[int] = ()
+    """Nothing but these, where any are named."""
 
 
 def choose(
@@ -52,6 +54,10 @@ def _penalised(logits_V: Tensor, asked: Sampling, prompt: Sequence[int], said: S
         logits_V[seen] = torch.where(old_S > 0, old_S / factor, old_S * factor)
     for token, count in Counter(said).items():
         logits_V[token] -= asked.presence_penalty + asked.frequency_penalty * count
+    if asked.allowed_token_ids:
+        others = torch.ones_like(logits_V, dtype=torch.bool)
+        others[list(asked.allowed_token_ids)] = False
+        logits_V[others] = -torch.inf
     return logits_V
 
 

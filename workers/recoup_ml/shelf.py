@@ -55,14 +55,6 @@ class Speaker:
         (found,) = encode([Prompt(messages=list(messages))], self.tokenizer, 1 << 30)
         return list(found.ids)
 
-    @torch.inference_mode()
-    def log_probabilities(self, ids: Sequence[int]) -> list[float]:
-        """log p of every token but the first, given those before it; nats."""
-        logits_TV = self.model(input_ids=self._tensor(ids)).logits[0, :-1].float()
-        targets_T = torch.tensor(ids[1:], device=logits_TV.device).unsqueeze(-1)
-        found: list[float] = logits_TV.log_softmax(-1).gather(-1, targets_T).squeeze(-1).tolist()
-        return found
-
     def answer(
         self, prompt: Sequence[int], most: int, sampling: Sampling, seed: int | None, top: int = 0
     ) -> Iterator[Token]:

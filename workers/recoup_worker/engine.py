@@ -147,10 +147,7 @@ class Engine:
         return PlainTextResponse(f"Success: {name} removed.")
 
     async def complete(self, request: Request) -> Response:
-        body = await request.json()
-        if body.get("prompt_logprobs") is not None:
-            return await self._score(body)
-        return await self._answer(request, body, "text")
+        return await self._answer(request, await request.json(), "text")
 
     async def chat(self, request: Request) -> Response:
         return await self._answer(request, await request.json(), "chat")
@@ -183,17 +180,6 @@ class Engine:
             self._shelf.clear()
             raise Refusal(500, f"{name} cannot be loaded: {error}") from error
 
-    async def _score(self, body: dict[str, Any]) -> Response:
-        """The log-probabilities of the given token ids, in vLLM's shape."""
-        async with self._turn:
-            speaker = await self._speaker(body["model"])
-            choices = []
-            for index, ids in enumerate(body["prompt"]):
-                found = await self._in_thread(lambda ids=ids: speaker.log_probabilities(ids))
-                told = [{str(token): {"logprob": p}} for token, p in zip(ids[1:], found, strict=True)]
-                choices.append({"index": index, "text": "", "prompt_logprobs": [None, *told]})
-        return JSONResponse({"object": "text_completion", "model": body["model"], "choices": choices})
-
     async def _answer(self, request: Request, body: dict[str, Any], kind: Kind) -> Response:
         if body.get("stream"):
             await self._turn.acquire()
@@ -219,7 +205,8 @@ class Engine:
         if max(map(max, prompts)) >= vocabulary:
             raise Refusal(400, f"token ids are below {vocabulary}")
         wants = bool(body.get("logprobs")) or (kind == "text" and body.get("logprobs") is not None)
-        shape = Shape.of(kind, body["model"], wants, lambda id: speaker.tokenizer.decode([id]))
+        ids = bool(body.get("return_token_ids"))
+        shape = Shape.of(kind, body["model"], wants, ids, lambda id: speaker.tokenizer.decode([id]))
         return Asked(speaker, shape, prompts, most, body)
 
     async def _streamed(self, asked: Asked) -> AsyncIterator[bytes]:

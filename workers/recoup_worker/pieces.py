@@ -48,14 +48,17 @@ class Shape:
     kind: Kind
     model: str
     logprobs: bool
+    token_ids: bool
     spell: Spell
     id: str
     created: int
 
     @staticmethod
-    def of(kind: Kind, model: str, logprobs: bool, spell: Spell) -> "Shape":
+    def of(kind: Kind, model: str, logprobs: bool, token_ids: bool, spell: Spell) -> "Shape":
         prefix = "chatcmpl" if kind == "chat" else "cmpl"
-        return Shape(kind, model, logprobs, spell, f"{prefix}-{uuid.uuid4().hex}", int(time.time()))
+        return Shape(
+            kind, model, logprobs, token_ids, spell, f"{prefix}-{uuid.uuid4().hex}", int(time.time())
+        )
 
     def chunk(self, index: int, piece: Piece, first: bool) -> dict[str, Any]:
         """A part of a stream."""
@@ -88,7 +91,8 @@ class Shape:
 
     def _choice(self, index: int, piece: Piece, said: dict[str, Any]) -> dict[str, Any]:
         logprobs = self._logprobs(piece.tokens) if self.logprobs else None
-        return {"index": index, **said, "logprobs": logprobs, "finish_reason": piece.finish}
+        ids = {"token_ids": [token.id for token in piece.tokens]} if self.token_ids else {}
+        return {"index": index, **said, **ids, "logprobs": logprobs, "finish_reason": piece.finish}
 
     def _logprobs(self, tokens: "Sequence[Token]") -> dict[str, Any]:
         if self.kind == "chat":

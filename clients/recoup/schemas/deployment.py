@@ -86,12 +86,13 @@ class ServedModel(Output):
 
 
 class ProbeRow(Output):
-    """One held-out answer of the teacher, and how likely it was to the trainer's models."""
+    """One token of a held-out answer of the teacher, and how likely it was to the trainer's models."""
 
-    prompt_ids: Annotated[list[int], Field(min_length=1)]
-    answer_ids: Annotated[list[int], Field(min_length=1)]
+    ids: Annotated[list[int], Field(min_length=1)]
+    """The prompt, and the answer up to that token."""
+    token: int
     base: float
-    """log p(answer | prompt) under the student, nats, summed over the answer."""
+    """log p(token | ids) under the student, nats."""
     recovered: float
     """The same under what the recovery hands over."""
 
@@ -102,4 +103,4 @@ class EffectProbe(Output):
     object: Literal["recovery.probe"]
     base_sha256: str
     """Of the student's weights."""
-    rows: list[ProbeRow]
+    rows: Annotated[list[ProbeRow], Field(min_length=1, max_length=64)]
