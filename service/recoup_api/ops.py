@@ -9,6 +9,7 @@ import recoup
 from recoup.schemas import Capabilities, Damage, Method, TrainingSpec
 from recoup_api.wiring import TheLedger, TheSettings
 from recoup_jobs.errors import Unavailable
+from recoup_jobs.reconciler import Reconciler
 from recoup_jobs.sources import model_names
 from recoup_jobs.sweeper import Sweeper
 
@@ -22,10 +23,14 @@ def healthz() -> dict[str, str]:
 
 @router.get("/readyz")
 def readyz(request: Request, ledger: TheLedger) -> dict[str, str]:
-    """Answers 503 while the database is away, or once the sweeper has died."""
+    """Answers 503 while the database is away, or once the sweeper or the reconciler has died."""
     sweeper: Sweeper | None = request.app.state.sweeper
     if sweeper is not None and not sweeper.alive:
         raise Unavailable("sweeper_stopped", "the thread that publishes hints has died; restart the service")
+    reconciler: Reconciler | None = request.app.state.reconciler
+    if reconciler is not None and not reconciler.alive:
+        message = "the thread that keeps deployments on their servers has died; restart the service"
+        raise Unavailable("reconciler_stopped", message)
     with ledger.reading() as conn:
         conn.execute(select(1))
     return {"status": "ready"}

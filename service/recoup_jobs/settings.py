@@ -56,6 +56,8 @@ class Settings(BaseSettings):
     """The server of that bucket, if it is not Amazon's: `https://host:port`."""
     vllm_urls: Annotated[list[str], NoDecode] = []
     """Servers of the same teacher, comma separated."""
+    serve_urls: Annotated[list[str], NoDecode] = []
+    """Servers of students, on which deployments are placed, comma separated; `unix:PATH` names a socket."""
     vllm_python: Path | None = None
     """The Python of the environment that holds vLLM, for `recoup-server teacher`."""
     model_roots: Annotated[list[Path], NoDecode] = []
@@ -72,6 +74,16 @@ class Settings(BaseSettings):
     """How often at once."""
     max_live_jobs: Count = 1000
     """Recoveries of one tenant that have not ended."""
+    max_deployments: Count = 20
+    """Of one tenant, in service at a time."""
+    max_serving_requests: Count = 256
+    """That one server answers at a time for the gateway of one process; more wait for their turn outside."""
+    answer_seconds: Seconds = 300
+    """For so long a server may be silent in the middle of an answer."""
+    reconcile_seconds: Seconds = 2
+    """How often the servers are compared with what is wanted."""
+    probe_seconds: Seconds = 60
+    """How often what a deployment does on a server is measured again."""
     max_stored_bytes: Count = 100 << 30
     """Data sets of one tenant."""
     queue: Annotated[str, Field(pattern=r"^[a-z0-9.]{1,64}$")] = "gpu.cpu"
@@ -90,7 +102,7 @@ class Settings(BaseSettings):
     max_application_failures: Count = 3
     max_infrastructure_losses: Count = 5
 
-    @field_validator("vllm_urls", "model_roots", "gpus", mode="before")
+    @field_validator("vllm_urls", "serve_urls", "model_roots", "gpus", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         if not isinstance(value, str):
@@ -129,6 +141,11 @@ class Settings(BaseSettings):
     @property
     def files_dir(self) -> Path:
         return self.home / "files"
+
+    @property
+    def deployments_dir(self) -> Path:
+        """What servers load; they see it under this same path."""
+        return self.home / "deployments"
 
     @property
     def jobs_dir(self) -> Path:

@@ -1,4 +1,4 @@
-"""`recoup-server`: up | api | worker | teacher | keys | demo | align. What each starts is imported then."""
+"""`recoup-server`: up, api, worker, engine, teacher, keys, demo, align. What each starts is imported then."""
 
 import signal
 import sys
@@ -81,6 +81,16 @@ def worker(home: Home = None) -> None:
     from recoup_worker.main import serve
 
     serve(_settings(home))
+
+
+@app.command()
+def engine(
+    socket: Annotated[Path, typer.Option(help="The unix socket to listen on.")], home: Home = None
+) -> None:
+    """Answer for deployments by transformers, one request at a time, where there is no vLLM."""
+    from recoup_worker.engine import serve
+
+    serve(_settings(home), socket)
 
 
 @app.command(context_settings={"allow_extra_args": True})

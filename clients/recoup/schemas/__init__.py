@@ -5,6 +5,16 @@ Answers have no defaults, are frozen, and keep fields that a newer server adds.
 """
 
 from recoup.schemas.dataset import ChatRow, Message, Prompt, PromptRow, TextRow
+from recoup.schemas.deployment import (
+    CreateDeployment,
+    Deployment,
+    DeploymentState,
+    EffectProbe,
+    Launch,
+    Lineage,
+    ProbeRow,
+    ReplicaStanding,
+)
 from recoup.schemas.diagnosis import CreateDiagnosis, Diagnosis, DiagnosisReport, ExamSpec, PositionsSpec
 from recoup.schemas.plan import DryRun
 from recoup.schemas.recovery import (
@@ -90,15 +100,19 @@ __all__ = [
     "Choice",
     "Cost",
     "CostEstimate",
+    "CreateDeployment",
     "CreateDiagnosis",
     "CreateRecovery",
     "Damage",
     "DamageReport",
     "DeletedFile",
+    "Deployment",
+    "DeploymentState",
     "Diagnosis",
     "DiagnosisReport",
     "DivergenceName",
     "DryRun",
+    "EffectProbe",
     "Estimate",
     "EvaluationSpec",
     "Event",
@@ -108,8 +122,10 @@ __all__ = [
     "Gate",
     "GenerationSpec",
     "JobError",
+    "Launch",
     "LayerDistance",
     "Limits",
+    "Lineage",
     "LoraSpec",
     "Match",
     "Measure",
@@ -123,6 +139,7 @@ __all__ = [
     "Page",
     "PhaseReport",
     "PositionsSpec",
+    "ProbeRow",
     "Problem",
     "ProblemItem",
     "Progress",
@@ -131,6 +148,7 @@ __all__ = [
     "Provenance",
     "RankCorrelation",
     "Recovery",
+    "ReplicaStanding",
     "Report",
     "RewriteCounts",
     "RolloutSpec",
