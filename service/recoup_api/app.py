@@ -13,6 +13,7 @@ from recoup_api import diagnoses, document, files, fine_tuning, ops, problems, r
 from recoup_api.guard import Guard
 from recoup_api.idempotency import InFlightKeys
 from recoup_api.limit import BodyLimit
+from recoup_api.observing import Observing
 from recoup_api.query import known_query
 from recoup_api.rates import Rates
 from recoup_api.watch import Watch
@@ -60,6 +61,7 @@ def create_app(
     app.add_middleware(BodyLimit, larger_by_path={"/v1/files": files.LARGEST_UPLOAD})
     rates = Rates(settings.requests_per_second, settings.request_burst)
     app.add_middleware(Guard, keys=Keyring(ledger, settings.api_key), rates=rates)
+    app.add_middleware(Observing)
     problems.install(app, ROUTERS)
     document.install(app, INPUTS)
     for router in ROUTERS:

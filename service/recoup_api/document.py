@@ -122,6 +122,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("delete", "/v1/webhooks/{id}"): _o("deleteWebhook", "Be told no more", {404}),
     ("get", "/v1/capabilities"): _o("getCapabilities", "What this installation can do"),
     ("get", "/healthz"): _o("getHealth", "Whether the process is alive"),
+    ("get", "/metrics"): _o("getMetrics", "What Prometheus reads", (), "text/plain"),
     ("get", "/readyz"): _o("getReadiness", "Whether the service can work", {503}),
 }
 

@@ -7,7 +7,7 @@ arguments. A child process reads the same values from `environment()`.
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -77,6 +77,10 @@ class Settings(BaseSettings):
     sweep_seconds: Seconds = 1
     republish_seconds: Seconds = 60
     """A hint that nobody followed for so long is published again."""
+    log_format: Literal["json", "text"] = "text"
+    """One line an event; `json` for machines that collect logs."""
+    metrics_listen: Annotated[str | None, Field(pattern=r"^[0-9a-z.:\[\]-]*:\d{1,5}$")] = None
+    """`address:port` where a worker shows its metrics to Prometheus, without a key; none: nowhere."""
     max_application_failures: Count = 3
     max_infrastructure_losses: Count = 5
 

@@ -109,6 +109,7 @@ def _train(run: Run, journal: Journal, done: Done, plan: Plan, trials: Trials, f
     journal.progress(plan.steps, plan.steps, "steps")
     report = training.report(start.name, len(keep.answers) if keep else 0, answers.rewrite_counts(done))
     (folder / "training.json").write_text(report.model_dump_json())
+    journal.metric(name="tokens", trained=report.tokens)
     if (unfinished / BEST).exists():
         shutil.copytree(unfinished / BEST, folder / BEST, copy_function=durable.link)
 

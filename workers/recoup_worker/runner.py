@@ -16,7 +16,10 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import structlog
+
 from recoup.schemas import FilePrompts
+from recoup_jobs import logs, tracing
 from recoup_jobs.artifacts import ARTIFACTS
 from recoup_jobs.claims import Claim
 from recoup_jobs.datasets import load_prompts, load_text
@@ -45,9 +48,17 @@ def main() -> int:
     die_with_parent()
     die_with_stdin()
     settings = Settings()
-    ledger = open_ledger(settings)
     job_id, epoch = sys.argv[1], int(sys.argv[2])
-    return run_claimed(ledger.claimed(job_id, epoch), ledger, settings, stopping)
+    logs.configure(settings.log_format)
+    sent = tracing.start("recoup-runner")
+    ids = {"job_id": job_id, "epoch": epoch}
+    parent = os.environ.get(tracing.TRACEPARENT)
+    try:
+        with structlog.contextvars.bound_contextvars(**ids), tracing.span("run", parent, **ids):
+            ledger = open_ledger(settings)
+            return run_claimed(ledger.claimed(job_id, epoch), ledger, settings, stopping)
+    finally:
+        sent()
 
 
 def run_claimed(claim: Claim, ledger: Ledger, settings: Settings, stopping: threading.Event) -> int:
