@@ -39,15 +39,17 @@ INPUTS = (CreateRecovery, ChangeRecovery, CreateDiagnosis, CreateJob, CreateWebh
 
 
 def create_app(
-    settings: Settings, ledger: Ledger, *, publish: Publish | None = None, sweep: bool = True
+    settings: Settings, ledger: Ledger, *, publish: Publish | None = None, sweep: bool | None = None
 ) -> FastAPI:
-    """The application. It sweeps too, unless told not to or there is nowhere to publish hints.
+    """The application. It sweeps too if it is told to, and by default where hints can be published.
 
+    Without a broker nobody needs a hint: who starts workers looks into the ledger (`worker --once`).
     `publish` replaces the Celery broker of the settings. The caller keeps the ledger, and closes it.
     """
     if publish is None and settings.broker_url is not None:
         publish = celery_publisher(celery_app(settings.broker_url))
-    sweeper = Sweeper(ledger, publish, settings) if publish and sweep else None
+    sweeps = publish is not None if sweep is None else sweep
+    sweeper = Sweeper(ledger, publish or _tell_nobody, settings) if sweeps else None
     app = FastAPI(
         title="Recoup",
         version=recoup.__version__,
@@ -67,6 +69,10 @@ def create_app(
     for router in ROUTERS:
         app.include_router(router, dependencies=[Depends(known_query)])
     return app
+
+
+def _tell_nobody(_job_id: str, _queue: str) -> None:
+    """The publisher of an installation without a broker."""
 
 
 def _sweeping(sweeper: Sweeper | None) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:

@@ -5,12 +5,19 @@ arguments. A child process reads the same values from `environment()`.
 """
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SecretsSettingsSource,
+    SettingsConfigDict,
+)
 
 PREFIX = "RECOUP_"
 
@@ -40,6 +47,9 @@ class Settings(BaseSettings):
         env_prefix=PREFIX, env_ignore_empty=True, frozen=True, extra="ignore", validate_default=True
     )
 
+    secrets_dir: Path | None = None
+    """A folder of files, each named as a variable in small letters and holding its value: where Docker and
+    Kubernetes put secrets. A variable wins over a file."""
     home: Path = Path("~/.recoup")
     """Everything that is kept on disk lies below this folder."""
     database_url: Annotated[str | None, Field(repr=False)] = None
@@ -83,6 +93,18 @@ class Settings(BaseSettings):
     """`address:port` where a worker shows its metrics to Prometheus, without a key; none: nowhere."""
     max_application_failures: Count = 3
     max_infrastructure_losses: Count = 5
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - called by name
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        files = SecretsSettingsSource(settings_cls, os.environ.get(f"{PREFIX}SECRETS_DIR") or None)
+        return init_settings, env_settings, files
 
     @field_validator("vllm_urls", "model_roots", mode="before")
     @classmethod

@@ -69,7 +69,7 @@ def api(home: Home = None, host: Host = "127.0.0.1", port: Port = DEFAULT_PORT) 
     ledger = open_ledger(settings)
     try:
         uvicorn.run(
-            create_app(settings, ledger),
+            create_app(settings, ledger, sweep=True),
             host=host,
             port=port,
             timeout_graceful_shutdown=5,

@@ -33,7 +33,7 @@ POLL_SECONDS = 0.2
 Ending = Literal["lost", "asked", "released", "deadline", "stalled", "exited"]
 WITH_GRACE: frozenset[Ending] = frozenset({"asked", "released", "deadline"})
 RUNNER_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-NOT_FOR_RUNNERS = frozenset({"RECOUP_API_KEY"})
+NOT_FOR_RUNNERS = frozenset({"RECOUP_API_KEY", "RECOUP_SECRETS_DIR"})
 
 log = logging.getLogger(__name__)
 
