@@ -25,6 +25,7 @@ from recoup_api.gateway import Gateway
 from recoup_api.guard import Guard
 from recoup_api.idempotency import InFlightKeys
 from recoup_api.limit import BodyLimit
+from recoup_api.observing import Observing
 from recoup_api.prompting import CreateChatCompletion, CreateCompletion
 from recoup_api.query import known_query
 from recoup_api.rates import Rates
@@ -66,17 +67,19 @@ INPUTS = (
 
 
 def create_app(
-    settings: Settings, ledger: Ledger, *, publish: Publish | None = None, sweep: bool = True
+    settings: Settings, ledger: Ledger, *, publish: Publish | None = None, sweep: bool | None = None
 ) -> FastAPI:
-    """The application. It sweeps and reconciles too, unless told not to, or there is nowhere to do it.
+    """The application. It sweeps and reconciles too if it is told to, and by default where it can.
 
+    Without a broker nobody needs a hint: who starts workers looks into the ledger (`worker --once`).
     `publish` replaces the Celery broker of the settings. The caller keeps the ledger, and closes it.
     """
     scrub_logs()
     if publish is None and settings.broker_url is not None:
         publish = celery_publisher(celery_app(settings.broker_url))
-    sweeper = Sweeper(ledger, publish, settings) if publish and sweep else None
-    reconciler = Reconciler(ledger, settings) if settings.serve_urls and sweep else None
+    sweeps = publish is not None if sweep is None else sweep
+    sweeper = Sweeper(ledger, publish or _tell_nobody, settings) if sweeps else None
+    reconciler = Reconciler(ledger, settings) if settings.serve_urls and sweep is not False else None
     app = FastAPI(
         title="Recoup",
         version=recoup.__version__,
@@ -93,11 +96,16 @@ def create_app(
     app.add_middleware(BodyLimit, larger_by_path={"/v1/files": files.LARGEST_UPLOAD})
     rates = Rates(settings.requests_per_second, settings.request_burst)
     app.add_middleware(Guard, keys=Keyring(ledger, settings.api_key), rates=rates)
+    app.add_middleware(Observing)
     problems.install(app, ROUTERS)
     document.install(app, INPUTS)
     for router in ROUTERS:
         app.include_router(router, dependencies=[Depends(known_query)])
     return app
+
+
+def _tell_nobody(_job_id: str, _queue: str) -> None:
+    """The publisher of an installation without a broker."""
 
 
 def _with_threads(

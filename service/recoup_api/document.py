@@ -150,6 +150,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("post", "/v1/completions"): _o("createCompletion", "Go on with a text", ANSWERS, "text/event-stream"),
     ("get", "/v1/capabilities"): _o("getCapabilities", "What this installation can do"),
     ("get", "/healthz"): _o("getHealth", "Whether the process is alive"),
+    ("get", "/metrics"): _o("getMetrics", "What Prometheus reads", (), "text/plain"),
     ("get", "/readyz"): _o("getReadiness", "Whether the service can work", {503}),
 }
 

@@ -15,6 +15,7 @@ from recoup.schemas import CreateRecovery, State
 from recoup_jobs.errors import StaleClaim
 from recoup_jobs.history import move
 from recoup_jobs.lifecycle import HELD_STATES
+from recoup_jobs.metrics import LEASE_LOSSES, REFUSED_WRITES
 from recoup_jobs.tables import jobs, now
 
 
@@ -29,6 +30,8 @@ class Claim:
     """For how long earlier claims held the job."""
     memory_failures: int = 0
     """How often it ran out of memory before: a micro-batch is to be halved as often."""
+    traceparent: str | None = None
+    """The trace that it belongs to."""
 
 
 def take(
@@ -44,13 +47,14 @@ def take(
 
 def claim_of(job: Row[Any], epoch: int) -> Claim:
     request = CreateRecovery.model_validate_json(job.request)
-    return Claim(job.id, epoch, request, job.spent_seconds, job.memory_failures)
+    return Claim(job.id, epoch, request, job.spent_seconds, job.memory_failures, job.traceparent)
 
 
 def fence(conn: Connection, claim: Claim) -> Row[Any]:
     """The claimed job's row, locked; raises `StaleClaim` if it is no longer this claim's to write."""
     job = conn.execute(select(jobs).where(held_by(claim)).with_for_update()).first()
     if job is None:
+        REFUSED_WRITES.inc()
         raise StaleClaim(
             "stale_claim", f"epoch {claim.epoch} no longer holds recovery {claim.job_id}; stop working on it"
         )
@@ -105,6 +109,7 @@ def _claimed(conn: Connection, job: Row[Any], owner: str, lease_seconds: float) 
 
 def give_back(conn: Connection, job: Row[Any], max_losses: int, reason: str) -> None:
     """Queues a job again whose worker or runner vanished, or fails it if that happened too often."""
+    LEASE_LOSSES.labels(reason).inc()
     if job.state == "cancelling":
         return move(conn, job, "cancelled", {"reason": reason})
     losses = job.infrastructure_losses + 1

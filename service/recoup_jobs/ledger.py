@@ -22,7 +22,7 @@ from recoup.schemas import (
     Recovery,
     Stage,
 )
-from recoup_jobs import verbs
+from recoup_jobs import tracing, verbs
 from recoup_jobs.claims import Claim, abandoned, claim_of, fence, give_back, held_by, take, without_worker
 from recoup_jobs.database import READ_ONLY, connect, migrate, patiently
 from recoup_jobs.errors import BadRequest, Conflict, NotFound, PreconditionFailed
@@ -87,6 +87,7 @@ class Ledger:
             "queue": queue,
             "tenant": tenant,
             "created_at": now(),
+            "traceparent": tracing.traceparent(),
         }
         with self.engine.begin() as conn:
             conn.execute(insert(jobs).values(row))
@@ -194,6 +195,11 @@ class Ledger:
         with self.reading() as conn:
             rows = conn.execute(query.order_by(jobs.c.priority.desc(), jobs.c.number))
             return [(row.id, row.queue) for row in rows]
+
+    def traceparent(self, id: str) -> str | None:
+        """The trace of the request that made the job."""
+        with self.reading() as conn:
+            return conn.execute(select(jobs.c.traceparent).where(jobs.c.id == id)).scalar()
 
     def mark_published(self, id: str) -> None:
         with self.engine.begin() as conn:

@@ -5,13 +5,20 @@ arguments. A child process reads the same values from `environment()`.
 """
 
 import json
+import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SecretsSettingsSource,
+    SettingsConfigDict,
+)
 
 PREFIX = "RECOUP_"
 BUCKET = r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9_-][A-Za-z0-9._-]*)*/?$"
@@ -44,6 +51,9 @@ class Settings(BaseSettings):
         env_prefix=PREFIX, env_ignore_empty=True, frozen=True, extra="ignore", validate_default=True
     )
 
+    secrets_dir: Path | None = None
+    """A folder of files, each named as a variable in small letters and holding its value: where Docker and
+    Kubernetes put secrets. A variable wins over a file."""
     home: Path = Path("~/.recoup")
     """Everything that is kept on disk lies below this folder."""
     database_url: Annotated[str | None, Field(repr=False)] = None
@@ -89,7 +99,8 @@ class Settings(BaseSettings):
     queue: Annotated[str, Field(pattern=r"^[a-z0-9.]{1,64}$")] = "gpu.cpu"
     """The class of machine that new jobs ask for."""
     gpus: Annotated[list[Gpu], NoDecode] = []
-    """The GPUs of this host that a worker has for itself, comma separated; default: all that it sees."""
+    """The GPUs of this host that a worker has for itself and trains on together, comma separated; default:
+    it sees all, and trains on the first."""
     lease_seconds: Seconds = 30
     """A worker that does not renew its claim for so long has lost it."""
     grace_seconds: Seconds = 25
@@ -99,8 +110,24 @@ class Settings(BaseSettings):
     sweep_seconds: Seconds = 1
     republish_seconds: Seconds = 60
     """A hint that nobody followed for so long is published again."""
+    log_format: Literal["json", "text"] = "text"
+    """One line an event; `json` for machines that collect logs."""
+    metrics_listen: Annotated[str | None, Field(pattern=r"^[0-9a-z.:\[\]-]*:\d{1,5}$")] = None
+    """`address:port` where a worker shows its metrics to Prometheus, without a key; none: nowhere."""
     max_application_failures: Count = 3
     max_infrastructure_losses: Count = 5
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - called by name
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        files = SecretsSettingsSource(settings_cls, os.environ.get(f"{PREFIX}SECRETS_DIR") or None)
+        return init_settings, env_settings, files
 
     @field_validator("vllm_urls", "serve_urls", "model_roots", "gpus", mode="before")
     @classmethod

@@ -16,12 +16,14 @@ import time
 
 from kombu.exceptions import OperationalError as BrokerError
 
+from recoup_jobs import tracing
 from recoup_jobs.database import AWAY
 from recoup_jobs.deliveries import deliver
 from recoup_jobs.dispatch import Publish
 from recoup_jobs.errors import Unavailable
 from recoup_jobs.garbage import collect
 from recoup_jobs.ledger import Ledger
+from recoup_jobs.metrics import HINTS
 from recoup_jobs.settings import Settings
 from recoup_jobs.signing import installation_secret
 
@@ -98,5 +100,7 @@ class Sweeper:
     def _sweep(self) -> None:
         self._ledger.take_back()
         for job_id, queue in self._ledger.due(self._settings.republish_seconds):
-            self._publish(job_id, queue)
+            with tracing.span("publish", self._ledger.traceparent(job_id), job_id=job_id):
+                self._publish(job_id, queue)
             self._ledger.mark_published(job_id)
+            HINTS.inc()

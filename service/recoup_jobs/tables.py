@@ -66,6 +66,7 @@ jobs = Table(
     Column("started_at", Double),
     Column("finished_at", Double),
     Column("cleared_at", Double),
+    Column("traceparent", String(55)),
     _tenant(),
     Index("ix_jobs_tenant", "tenant", "number"),
     Index("ix_jobs_finished_at", "finished_at"),

@@ -348,7 +348,16 @@ def test_the_training_curve_is_told_as_it_grows(forgetful: Finished) -> None:
     names = [metric["name"] for metric in forgetful.journal.metrics]
     assert names.count("train") == 40
     assert names.count("validation") == len(validation_steps(40))
-    assert all(isinstance(metric["step"], int) for metric in forgetful.journal.metrics)
+    curve = [metric for metric in forgetful.journal.metrics if metric["name"] in {"train", "validation"}]
+    assert all(isinstance(metric["step"], int) for metric in curve)
+
+
+def test_what_a_stage_cost_in_tokens_and_what_came_of_it_is_told_once(forgetful: Finished) -> None:
+    told = [metric for metric in forgetful.journal.metrics if metric["name"] in {"tokens", "verdict"}]
+    generated, trained, verdict = told
+    assert isinstance(generated["generated"], int) and generated["generated"] > 0
+    assert trained["trained"] == forgetful.report.training.tokens
+    assert verdict["recovered"] == forgetful.report.measures[0].recovered.value
 
 
 def numbers(report: Report) -> dict[str, object]:

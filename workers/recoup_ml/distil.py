@@ -117,6 +117,7 @@ def train(brief: Brief, audience: Audience, team: Team = ALONE) -> None:
     audience.progress(plan.steps, plan.steps, "steps")
     report = training.report(start.name, len(keep.answers) if keep else 0, answers.rewrite_counts(done))
     (folder / "training.json").write_text(report.model_dump_json())
+    audience.metric(name="tokens", trained=report.tokens)
     if (unfinished / BEST).exists():
         shutil.copytree(unfinished / BEST, folder / BEST, copy_function=durable.link)
 

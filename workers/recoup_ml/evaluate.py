@@ -87,6 +87,8 @@ def evaluate(run: Run, journal: Journal, done: Done, folder: Path) -> None:
     results.write(folder / "evaluation.json", evaluation)
     if after:
         results.write(folder / PROBE, probe_rows(exam.test, diagnosis.before.scores, after.scores))
+    recovered = found[0].recovered
+    journal.metric(name="verdict", outcome=outcome, recovered=recovered and recovered.value)
     (folder / "alignment.json").write_text(found_alignment.model_dump_json())
 
 

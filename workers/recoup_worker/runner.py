@@ -7,6 +7,7 @@ unfinished one what its successor goes on from. SIGTERM asks it to stop: it make
 publishes the best checkpoint if the job is being cancelled, and exits with a code of its own (`exits.py`).
 """
 
+import os
 import shutil
 import signal
 import sys
@@ -16,7 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import structlog
+
 from recoup.schemas import FilePrompts
+from recoup_jobs import logs, tracing
 from recoup_jobs.claims import Claim
 from recoup_jobs.datasets import load_prompts, load_text
 from recoup_jobs.errors import RecoupError, StaleClaim, Unavailable
@@ -47,9 +51,17 @@ def main() -> int:
     die_with_stdin()
     scrub_logs()
     settings = Settings()
-    ledger = open_ledger(settings)
     job_id, epoch = sys.argv[1], int(sys.argv[2])
-    return run_claimed(ledger.claimed(job_id, epoch), ledger, settings, stopping)
+    logs.configure(settings.log_format)
+    sent = tracing.start("recoup-runner")
+    ids = {"job_id": job_id, "epoch": epoch}
+    parent = os.environ.get(tracing.TRACEPARENT)
+    try:
+        with structlog.contextvars.bound_contextvars(**ids), tracing.span("run", parent, **ids):
+            ledger = open_ledger(settings)
+            return run_claimed(ledger.claimed(job_id, epoch), ledger, settings, stopping)
+    finally:
+        sent()
 
 
 def run_claimed(claim: Claim, ledger: Ledger, settings: Settings, stopping: threading.Event) -> int:
@@ -136,6 +148,7 @@ def _run(claim: Claim, ledger: Ledger, settings: Settings) -> "Run":
         vllm_urls=tuple(settings.vllm_urls),
         answers=settings.home / ANSWERS,
         halvings=claim.memory_failures,
+        processes=max(1, len(settings.gpus)),
     )
 
 
