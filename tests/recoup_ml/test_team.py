@@ -100,6 +100,7 @@ def test_two_processes_learn_what_one_does(
     assert furthest(together, alone) < 1e-3
 
 
+@pytest.mark.slow  # seven processes load torch
 def test_a_training_of_two_is_taken_up_by_four(
     adapter_run: tuple[Run, Path], open_journal: type, tmp_path: Path
 ) -> None:
