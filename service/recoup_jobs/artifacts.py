@@ -87,7 +87,7 @@ def publish(
 ) -> list[Artifact]:
     """Makes `files` (path -> source) what the stage at `place`, `<job>/e<epoch>/<stage>`, hands over.
 
-    `tell` hears how many are put, after each. Raises `ValueError` for a path that is not plain and for
+    `tell` hears after each how many of them are put. Raises `ValueError` for a path that is not plain and for
     a format that is not served; then nothing is put.
     """
     for path in files:

@@ -9,7 +9,7 @@ database's clock. Nothing here opens a transaction: the ledger does.
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, Select, Subquery, and_, func, or_, select
+from sqlalchemy import ColumnElement, Connection, Row, Select, and_, case, func, literal, or_, select
 
 from recoup.schemas import CreateRecovery, State
 from recoup_jobs.errors import StaleClaim
@@ -38,7 +38,8 @@ def take(
     conn: Connection, owner: str, queues: list[str], lease_seconds: float, only: str | None, max_losses: int
 ) -> Claim | None:
     """The best job that is free, claimed; on the way, jobs whose worker vanished are given back."""
-    while (job := conn.execute(_best(queues, only)).first()) is not None:
+    while (number := conn.execute(_best(conn, queues, only)).scalar()) is not None:
+        job = conn.execute(select(jobs).where(jobs.c.number == number)).one()
         if job.state == "queued":
             return _claimed(conn, job, owner, lease_seconds)
         give_back(conn, job, max_losses, "lease_expired")
@@ -77,26 +78,25 @@ def without_worker(job: Row[Any]) -> State:
     return "paused" if job.pausing else "queued"
 
 
-def _best(queues: list[str], only: str | None) -> Select[Any]:
+def _best(conn: Connection, queues: list[str], only: str | None) -> Select[Any]:
     """Abandoned jobs first; then by priority, by how few jobs of its tenant run, and by arrival.
 
     Rows that another worker looks at are skipped.
     """
-    running = _running(queues)
-    free = select(jobs).join_from(jobs, running, jobs.c.tenant == running.c.tenant, isouter=True)
-    free = free.where(jobs.c.queue.in_(queues), or_(jobs.c.state == "queued", abandoned()))
+    free = select(jobs.c.number).where(jobs.c.queue.in_(queues), or_(jobs.c.state == "queued", abandoned()))
     if only is not None:
         free = free.where(jobs.c.id == only)
-    share = func.coalesce(running.c.number, 0)
+    running = _running(conn, queues)
+    share = case(running, value=jobs.c.tenant, else_=0) if running else literal(0)
     in_order = free.order_by(jobs.c.state == "queued", jobs.c.priority.desc(), share, jobs.c.number)
-    return in_order.limit(1).with_for_update(skip_locked=True, of=jobs)
+    return in_order.limit(1).with_for_update(skip_locked=True)
 
 
-def _running(queues: list[str]) -> Subquery:
+def _running(conn: Connection, queues: list[str]) -> dict[str, int]:
     """How many jobs of each tenant hold machines of these classes."""
-    held = select(jobs.c.tenant, func.count().label("number"))
+    held = select(jobs.c.tenant, func.count().label("number")).group_by(jobs.c.tenant)
     held = held.where(jobs.c.state.in_(HELD_STATES), jobs.c.queue.in_(queues))
-    return held.group_by(jobs.c.tenant).subquery()
+    return {row.tenant: row.number for row in conn.execute(held)}
 
 
 def _claimed(conn: Connection, job: Row[Any], owner: str, lease_seconds: float) -> Claim:

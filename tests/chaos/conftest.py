@@ -325,7 +325,7 @@ def broker():
 
 
 @pytest.fixture
-def install(broker, science):
+def install(broker, science, database):
     """`install(settings)`: an installation, which is stopped and searched in the end."""
     made = []
 
