@@ -3,10 +3,10 @@
     python benchmarks/gateway.py [--streams 64] [--tokens 50] [--interval 0.1] [--rounds 3]
 
 The server is a process of its own, and so is the service (uvicorn, SQLite, one deployment placed by hand).
-Clients stream from the one and from the other, in interleaved rounds. A token is due at its request's start
-plus its number times the interval; how late it comes is its lag, and the gateway's overhead is the
-difference of the median lags. CPU is that of the service's process tree over a round, divided by the tokens;
-and for whole answers, which come at once, by the requests.
+Clients stream from the one and from the other, in interleaved rounds, their starts spread over an interval.
+A token carries the time at which it was said; how much later it is read is its lag, and the gateway's
+overhead is the difference of the median lags. CPU is that of the service's process tree over a round,
+divided by the tokens; and for whole answers, which come at once, by the requests.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def upstream(port: int, tokens: int, interval: float) -> None:
         began = time.monotonic()
         for number in range(tokens):
             await asyncio.sleep(max(0.0, began + number * interval - time.monotonic()))
-            yield event(model, f" word{number}")
+            yield event(model, f"{time.monotonic():.6f}")
         yield b"data: [DONE]\n\n"
 
     async def chat(request: Request) -> Response:
@@ -83,20 +83,21 @@ def service(port: int, url: str, home: str) -> None:
 
 
 async def lags(url: str, streams: int, interval: float) -> list[float]:
-    """Seconds by which each token of `streams` simultaneous answers came later than it was due."""
+    """Seconds from the saying to the reading of each token of `streams` simultaneous answers."""
 
-    async def one(http: httpx2.AsyncClient) -> list[float]:
+    async def one(http: httpx2.AsyncClient, place: int) -> list[float]:
         found: list[float] = []
-        began = time.monotonic()
+        await asyncio.sleep(interval * place / streams)
         async with http.stream("POST", "/v1/chat/completions", json=BODY | {"stream": True}) as answer:
             async for line in answer.aiter_lines():
                 if line.startswith("data: {"):
-                    found.append(time.monotonic() - began - len(found) * interval)
+                    told = json.loads(line.removeprefix("data: "))["choices"][0]["delta"]["content"]
+                    found.append(time.monotonic() - float(told))
         return found
 
     limits = httpx2.Limits(max_connections=None)
     async with httpx2.AsyncClient(base_url=url, timeout=120, limits=limits, trust_env=False) as http:
-        parts = await asyncio.gather(*(one(http) for _ in range(streams)))
+        parts = await asyncio.gather(*(one(http, place) for place in range(streams)))
     return [lag for part in parts for lag in part]
 
 
