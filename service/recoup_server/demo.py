@@ -1,11 +1,12 @@
-"""The demonstration: a real model, a real damage, a real recovery through the REST API.
+"""The demonstration: a real model, a real damage, a real recovery through the REST API, and an answer.
 
 What is damaged is SmolLM2-135M-Instruct; `recoup_ml.injure` does it. Everything after that
-is what any client would do with the SDK: upload the skill's prompts, submit, watch, read
-the report, download the adapter.
+is what any client would do: upload the skill's prompts, submit, watch, read the report, download the adapter,
+deploy it, and ask it by the openai package, which knows nothing of Recoup.
 """
 
 import json
+import secrets
 import socket
 import subprocess
 import sys
@@ -15,9 +16,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from openai import OpenAI
+from pydantic import SecretStr
 from rich.console import Console
 
-from recoup import Client, JobFailedError, Recovery
+from recoup import Client, DeploymentFailedError, JobFailedError, Recovery, WaitTimeoutError
 from recoup._render import print_verdict
 from recoup._watch import watch
 from recoup_jobs.settings import Settings
@@ -27,6 +30,13 @@ from recoup_server.embedded import running
 from recoup_server.memory import PeakMemory
 
 HEALTHY = "smollm2"
+PROMOTED = frozenset({"recovered", "partial"})
+"""Outcomes that hand weights over."""
+DEPLOYED = "smollm2-recovered"
+QUESTION = "What is the capital of France?"
+MOST_RANK = 64
+"""Of the demo's adapters."""
+LIVE_SECONDS = 600.0
 REQUEST: dict[str, Any] = {
     "generation": {"max_new_tokens": 40},
     "evaluation": {"test_sequences": 112, "validation_sequences": 24},
@@ -46,15 +56,24 @@ def run_demo(damage: str, settings: Settings, *, by_vllm: bool) -> int:
     `by_vllm`: the teacher answers from a vLLM that is started for it.
     """
     console = Console()
-    with PeakMemory() as memory, ExitStack() as stack:
+    with PeakMemory() as memory, ExitStack() as teaching:
         began = time.monotonic()
         _make_models(damage, settings.model_roots[0], console)
+        student = _student(damage, settings)
+        key = secrets.token_urlsafe(32)  # the openai package wants one, whatever the server asks for
+        settings = settings.model_copy(update={"api_key": SecretStr(key)})
         if by_vllm:
-            settings = stack.enter_context(_served(settings, console))
+            settings = teaching.enter_context(_served(settings, console))
+            settings = settings.model_copy(update={"serve_urls": [student.url]})
         with running(settings, "127.0.0.1", _free_port()) as installation:
             console.print(f"Recoup is up on {installation.url}.")
-            with Client(installation.url) as client:
-                succeeded = _recover(client, damage, settings, console)
+            with Client(installation.url, key) as client:
+                recovery = _recover(client, damage, settings, console)
+                teaching.close()
+                succeeded = recovery is not None and (
+                    recovery.outcome not in PROMOTED
+                    or _deploy(client, recovery, student if by_vllm else None, settings, console)
+                )
         console.print(
             f"wall time {time.monotonic() - began:.0f} s, "
             f"peak memory of all processes {memory.peak / 2**30:.2f} GiB"
@@ -73,6 +92,46 @@ def _served(settings: Settings, console: Console) -> Iterator[Settings]:
         yield settings.model_copy(update={"vllm_urls": [asked.url]})
 
 
+def _student(damage: str, settings: Settings) -> teacher.Teacher:
+    """A vLLM of the damaged model with room for an adapter."""
+    folder = settings.model_roots[0] / student_name(damage)
+    flags = ("--enable-lora", "--max-lora-rank", str(MOST_RANK))
+    return teacher.Teacher(folder, "127.0.0.1", _free_port(), TEACHER_TOKENS, flags)
+
+
+def _deploy(
+    client: Client,
+    recovery: Recovery,
+    student: teacher.Teacher | None,
+    settings: Settings,
+    console: Console,
+) -> bool:
+    """Serves what was recovered, from `student` or else from the local engine, and asks it something."""
+    with ExitStack() as serving:
+        if student is not None:
+            build = teacher.find_build(settings.vllm_python)
+            console.print(f"starting vLLM {build.version} for {student.model.name} …")
+            serving.enter_context(teacher.running(student, build, settings))
+        deployment = client.deployments.create(recovery.id, name=DEPLOYED)
+        try:
+            deployment = client.deployments.wait(deployment.id, timeout=LIVE_SECONDS)
+        except (DeploymentFailedError, WaitTimeoutError) as failed:
+            console.print(str(failed))
+            return False
+        console.print(f"{deployment.id} is live as {DEPLOYED}: its effect on the server is that of training.")
+        key = settings.api_key.get_secret_value() if settings.api_key else None
+        with OpenAI(base_url=f"{client.base_url}/v1", api_key=key) as openai:
+            asked = [{"role": "user", "content": QUESTION}]
+            answer = openai.chat.completions.create(
+                model=DEPLOYED, messages=asked, max_tokens=40, temperature=0
+            )
+        console.print(
+            f"asked by the openai package: {QUESTION}\nanswered: {answer.choices[0].message.content}"
+        )
+        client.deployments.delete(deployment.id)
+    return True
+
+
 def student_name(damage: str) -> str:
     return f"{HEALTHY}-{damage}"
 
@@ -87,7 +146,8 @@ def _make_models(damage: str, root: Path, console: Console) -> None:
     subprocess.run([sys.executable, "-m", "recoup_server.demo_models", str(root), damage], check=True)
 
 
-def _recover(client: Client, damage: str, settings: Settings, console: Console) -> bool:
+def _recover(client: Client, damage: str, settings: Settings, console: Console) -> Recovery | None:
+    """The recovery, if it succeeded."""
     fields = dict(REQUEST)
     if damage == "finetuning":
         fields["keep"] = {"file": client.files.create(_tickets(settings.home / "tickets.jsonl")).id}
@@ -97,10 +157,11 @@ def _recover(client: Client, damage: str, settings: Settings, console: Console) 
         recovery = watch(client, recovery.id, console)
     except JobFailedError as failed:
         console.print(f"{failed}\nThe worker's words: {settings.jobs_dir / recovery.id / 'runner.log'}")
-        return False
-    if recovery.state == "succeeded":
-        _show(client, recovery, settings.home / "results" / recovery.id, console)
-    return recovery.state == "succeeded"
+        return None
+    if recovery.state != "succeeded":
+        return None
+    _show(client, recovery, settings.home / "results" / recovery.id, console)
+    return recovery
 
 
 def _tickets(path: Path) -> Path:

@@ -148,7 +148,7 @@ def running(teacher: Teacher, build: Build, settings: Settings) -> Iterator[subp
     with log.open("ab") as output:
         child = subprocess.Popen(
             [sys.executable, "-m", "recoup_server.guarded", *command(teacher, build)],
-            env=environment(build, dict(os.environ)),
+            env=environment(build, _for_adapters(teacher) | os.environ),
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=output,
@@ -160,6 +160,11 @@ def running(teacher: Teacher, build: Build, settings: Settings) -> Iterator[subp
             yield child
         finally:
             stop_group(child, STOP_SECONDS)
+
+
+def _for_adapters(teacher: Teacher) -> dict[str, str]:
+    """What lets deployments be loaded, where there is room for adapters."""
+    return {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"} if "--enable-lora" in teacher.flags else {}
 
 
 def _python(python: Path) -> list[str]:

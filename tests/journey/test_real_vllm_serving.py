@@ -255,7 +255,7 @@ def test_greedy_answers_through_the_gateway_are_those_of_peft(
     live: Deployment, gateway: openai.OpenAI, student: Path, adapter: Path
 ) -> None:
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(student), adapter / "adapter")
-    same, total = 0, 0
+    same, excluded, total = 0, 0, 0
     for start in range(3, 33):
         prompt = list(range(start, start + 5))
         ids = torch.tensor([prompt])
@@ -266,15 +266,22 @@ def test_greedy_answers_through_the_gateway_are_those_of_peft(
             do_sample=False,
             pad_token_id=0,
             eos_token_id=1,
+            output_logits=True,
+            return_dict_in_generate=True,
         )
-        expected = [WORDS[token] for token in out[0, 5:].tolist() if token > 1]
-        said = gateway.completions.create(
-            model="support", prompt=prompt, max_tokens=16, temperature=0, logprobs=1
+        tokens = out.sequences[0, 5:].tolist()
+        told = gateway.completions.create(
+            model="support", prompt=prompt, max_tokens=16, temperature=0, logprobs=0
         )
-        found = said.choices[0].text.split()
-        same += sum(a == b for a, b in zip(expected, found, strict=False))
-        total += max(len(expected), len(found))
-    print(f"{same} of {total} greedy tokens are those of transformers and peft")
+        found = told.choices[0].logprobs.tokens
+        for place, token in enumerate(tokens):
+            first, second = out.logits[place][0].log_softmax(-1).topk(2).values.tolist()
+            if first - second <= 1e-3:  # a tie: whatever follows may differ
+                excluded += len(tokens) - place
+                break
+            total += 1
+            same += place < len(found) and found[place].strip() == WORDS[token]
+    print(f"{same} of {total} greedy tokens are those of transformers and peft, {excluded} ties excluded")
     assert same >= 0.98 * total
 
 
@@ -317,17 +324,18 @@ def test_a_spoilt_adapter_is_never_served(
     assert found.state == "failed"
     assert found.reason
     assert found.reason.code in codes
-    assert found.id not in Replica(server.url).look().adapters
+    with contextlib.closing(Replica(server.url)) as replica:
+        assert found.id not in replica.look().adapters
 
 
 def test_an_adapter_unloaded_behind_our_back_comes_back(
     live: Deployment, settled: Callable[..., Deployment], gateway: openai.OpenAI, server: Server
 ) -> None:
-    replica = Replica(server.url)
-    replica.unload(live.id)
-    said = gateway.completions.create(model="support", prompt=[5, 6, 7], max_tokens=4, temperature=0)
-    assert said.choices[0].text
-    assert live.id in replica.look().adapters
+    with contextlib.closing(Replica(server.url)) as replica:
+        replica.unload(live.id)
+        said = gateway.completions.create(model="support", prompt=[5, 6, 7], max_tokens=4, temperature=0)
+        assert said.choices[0].text
+        assert live.id in replica.look().adapters
 
 
 def test_a_restarted_vllm_gets_the_adapter_back(
