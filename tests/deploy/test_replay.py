@@ -51,6 +51,12 @@ for name, noise in (("teacher", 0.0), ("student", 0.4)):
     model.save_pretrained(f"{sys.argv[1]}/{name}")
     tokenizer.save_pretrained(f"{sys.argv[1]}/{name}")
 """
+SMALL = {
+    "generation": {"max_new_tokens": 12},
+    "training": {"steps": 4, "batch_size": 8, "learning_rate": 0.01},
+    "evaluation": {"test_sequences": 32, "validation_sequences": 16},
+    "alignment": {"positions": 256},
+}
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 
@@ -252,17 +258,13 @@ def test_the_apis_environment_has_no_torch(images):
 
 
 def test_a_whole_recovery_goes_through_what_the_images_start(host, client, tmp_path):
-    rows = [{"prompt": f"w{at} w{at * 7 % 120}", "kind": f"k{at % 5}"} for at in range(80)]
+    rows = [
+        {"prompt": f"w{at % 120} w{at * 7 % 120} w{at // 120}", "kind": f"k{at % 5}"} for at in range(200)
+    ]
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     file = client.files.create(prompts)
-    made = client.recoveries.create(
-        student="student",
-        teacher="teacher",
-        prompts={"file": file.id},
-        training={"steps": 4, "max_length": 32, "batch_size": 4},
-        generation={"max_new_tokens": 8},
-    )
+    made = client.recoveries.create(student="student", teacher="teacher", prompts={"file": file.id}, **SMALL)
     ended = client.recoveries.wait(made.id, timeout=900)
     assert ended.state == "succeeded", ended.error
     assert client.recoveries.report(made.id).training.steps == 4
