@@ -158,7 +158,8 @@ def line(event: Event) -> str:
         case "stage":
             text = f"{data.get('stage')}: {data.get('status')}"
         case "metric":
-            text = f"{data.get('name')}: {figures(data)}"
+            others = ", ".join(f"{key} {value}" for key, value in data.items() if key != "name")
+            text = f"{data.get('name')}: {figures(data) or others}"
         case "log":
             text = str(data.get("message"))
     return clean(text)

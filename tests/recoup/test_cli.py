@@ -482,3 +482,8 @@ def test_durations_are_for_readers(seconds, words):
 def test_a_stage_without_an_estimate_shows_none():
     row = {"stage": "distil", "done": 1, "total": 2, "unit": "steps", "eta_seconds": None}
     assert _watch.count(Progress.model_validate(row)) == "1/2 steps"
+
+
+def test_a_metric_without_a_figure_of_the_training_says_what_it_has():
+    told = _watch.line(event("metric", name="tokens", generated=700))
+    assert told == "tokens: generated 700"

@@ -358,6 +358,7 @@ class CompletionsServer:
 
     def __init__(self) -> None:
         self.bodies: list[dict[str, Any]] = []
+        self.traces: set[str | None] = set()
         self.busy, self.most_busy = 0, 0
         self.models: list[dict[str, Any]] = [{"id": "teacher", "max_model_len": 4096}]
         self.healthy = True
@@ -451,6 +452,7 @@ class _Upstream(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.upstream.traces.add(self.headers["traceparent"])
         self._send(self.upstream.respond(body | {"path": self.path}))
 
     def _send(self, reply: dict[str, Any] | bytes | Refusal) -> None:

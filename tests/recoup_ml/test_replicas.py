@@ -7,6 +7,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
+from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, use_span
 
 from recoup_ml.errors import TeacherUnavailable
 from recoup_ml.vllm_engine import Generator, Patience, Question, Row, Sampling
@@ -34,6 +35,13 @@ def slowly(seconds: float) -> Any:
         return answer
 
     return reply
+
+
+def test_what_is_asked_belongs_to_the_trace_of_the_recovery(replicas: list[Any]) -> None:
+    ids = SpanContext(0xAB, 0xCD, is_remote=True, trace_flags=TraceFlags(1))
+    with use_span(NonRecordingSpan(ids)):
+        assert_every_row_once(rows_of(replicas))
+    assert {trace for replica in replicas for trace in replica.traces} == {f"00-{0xAB:032x}-{0xCD:016x}-01"}
 
 
 def test_two_replicas_share_the_work(replicas: list[Any]) -> None:
