@@ -19,7 +19,7 @@ VLLM_VENV ?= .venv-vllm
 # Where a GPU is seen, the default build of torch; else the CPU build of a fixed version.
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
 
-.PHONY: demo demo-vllm test lint setup clean
+.PHONY: demo demo-vllm test lint lint-deploy tools setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -43,6 +43,24 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# What is deployed, by the linters of its formats; tests/deploy has the rules that they do not know.
+lint-deploy: $(VENV)/.test $(VENV)/.tools
+	$(BIN)/yamllint --strict docker-compose.yml deploy tests/deploy .yamllint.yml
+	$(BIN)/hadolint deploy/docker/*.Dockerfile
+	@if test -x $(VENV)/dclint/node_modules/.bin/dclint; then \
+	  $(VENV)/dclint/node_modules/.bin/dclint --max-warnings 0 docker-compose.yml deploy/compose.grafana.yml; \
+	else echo "dclint was left out: it needs npm"; fi
+
+tools: $(VENV)/.tools
+
+# Checkers that PyPI does not have: dclint from npm, Prometheus and promtool from Debian's package, which is
+# unpacked here and not installed. Where there is no npm or no apt, the checks that need them are left out.
+$(VENV)/.tools:
+	@mkdir -p $(VENV)/dclint $(VENV)/prometheus
+	-command -v npm >/dev/null && npm install --silent --no-audit --no-fund --prefix $(VENV)/dclint dclint@3.1.0
+	-cd $(VENV)/prometheus && apt-get download -qq prometheus && dpkg-deb -x prometheus_*.deb . && rm prometheus_*.deb
+	@touch $@
+
 $(VENV)/.base: pyproject.toml
 	@echo "== environment: $(VENV) with $(TORCH) =="
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Recoup needs Python 3.11 or newer; set PYTHON=")'
@@ -64,7 +82,7 @@ $(VLLM_VENV)/.made: deploy/vllm/requirements.txt deploy/vllm/environment.sh
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(BIN)/python -m pip install --quiet -e '.[embedded,worker,quantized,postgres,demo,test]'
+	$(BIN)/python -m pip install --quiet -e '.[embedded,worker,quantized,postgres,s3,demo,test]'
 	@touch $@
 
 clean:

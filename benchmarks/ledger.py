@@ -28,6 +28,7 @@ from recoup_jobs.ledger import open_ledger
 from recoup_jobs.settings import Settings
 
 WORKERS, JOBS, SECONDS, START_SECONDS = 8, 500, 15.0, 20.0
+UNLIMITED = {"requests_per_second": 1e6, "request_burst": 1_000_000, "max_live_jobs": 1_000_000}
 PORT = 8399
 URL = f"http://127.0.0.1:{PORT}"
 BODY = {"student": {"source": "student"}, "teacher": {"source": "teacher"}}
@@ -35,7 +36,9 @@ BODY = {"student": {"source": "student"}, "teacher": {"source": "teacher"}}
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as home:
-        settings = Settings(home=Path(home), database_url=sys.argv[1] if len(sys.argv) > 1 else None)
+        settings = Settings(
+            home=Path(home), database_url=sys.argv[1] if len(sys.argv) > 1 else None, **UNLIMITED
+        )
         print(f"{'PostgreSQL' if len(sys.argv) > 1 else 'SQLite'}, {WORKERS} processes")
         print(f"claims per second: {claims(settings):.0f}")
         print(f"POSTs per second:  {posts(settings):.0f}")

@@ -1,7 +1,7 @@
 """Every endpoint as a value: method, path, query, body, and how to read the answer. No I/O.
 
-These descriptions are the clients' methods: `recoveries.py`, `diagnoses.py` and `files.py`
-bind them by name, and signature and docstring are those written here. An id is checked against its
+These descriptions are the clients' methods: `recoveries.py`, `diagnoses.py`, `deployments.py` and
+`files.py` bind them by name, and signature and docstring are those written here. An id is checked against its
 grammar before it becomes part of a path, and an artifact's path is escaped segment by
 segment: no argument can address another route. Methods that take an id raise
 InvalidArgumentError on what is none, NotFoundError on one that the server does not know.
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
 from urllib.parse import quote
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from recoup import schemas
 from recoup.errors import InvalidArgumentError
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
         Capabilities,
         CreateRecovery,
         Damage,
+        Deployment,
+        DeploymentState,
         Diagnosis,
         DryRun,
         Event,
@@ -284,6 +286,55 @@ def delete_file(id: str) -> Call[None]:
     return Call("DELETE", _file(id), _nothing)
 
 
+def create_deployment(
+    recovery: str, *, name: str | None = None, idempotency_key: str | None = None
+) -> Call[Deployment]:
+    """Serve what a recovery handed over, under `name` (default: its `output.name`, else its id).
+
+    The answer is pending; `wait` until it is live. A name that is served already passes over then.
+    Raises pydantic's ValidationError before anything is sent, UnprocessableEntityError for what cannot be
+    served, ConflictError where the installation has no servers to deploy to.
+    """
+    given = {"recovery": recovery} | ({} if name is None else {"name": name})
+    body = schemas.CreateDeployment.model_validate(given).model_dump(mode="json", exclude_unset=True)
+    return _keyed(Call("POST", "/v1/deployments", _reader(schemas.Deployment), json=body), idempotency_key)
+
+
+def get_deployment(id: str) -> Call[Deployment]:
+    """The deployment as it stands, server by server."""
+    return Call("GET", _deployment(id), _reader(schemas.Deployment))
+
+
+def list_deployments(
+    after: str | None = None, limit: int | None = None, *, state: DeploymentState | None = None
+) -> Call[Page[Deployment]]:
+    """All deployments, or those in this state, newest first; `limit` is the size of a page."""
+    query = _query(after=after, limit=limit, state=state)
+    return Call("GET", "/v1/deployments", _page_reader(schemas.Deployment), query=query)
+
+
+def delete_deployment(id: str) -> Call[Deployment]:
+    """Take it out of service; it stays known as withdrawn."""
+    return Call("DELETE", _deployment(id), _reader(schemas.Deployment))
+
+
+def roll_back_deployment(id: str) -> Call[Deployment]:
+    """Serve again what had the name before this one, which serves until that is live; returns the former.
+
+    Raises ConflictError where there is none, or this one is not live.
+    """
+    return Call("POST", f"{_deployment(id)}/rollback", _reader(schemas.Deployment))
+
+
+def chat(model: str, messages: list[dict[str, str]], *, max_tokens: int = 512) -> Call[str]:
+    """What a deployment of this name answers, greedily; for all settings and streams use the openai package.
+
+    Raises NotFoundError where no deployment of the name is live.
+    """
+    body = {"model": model, "messages": messages, "max_tokens": max_tokens, "temperature": 0}
+    return Call("POST", "/v1/chat/completions", _said, json=body, hold=ANSWER_SILENCE)
+
+
 def get_capabilities() -> Call[Capabilities]:
     """What this installation can do."""
     return Call("GET", "/v1/capabilities", _reader(schemas.Capabilities))
@@ -302,6 +353,8 @@ def next_page(call: Call[Page[T]], page: Page[T]) -> Call[Page[T]] | None:
     return replace(call, query=(*kept, ("after", page.next_cursor)))
 
 
+ANSWER_SILENCE = 300.0
+"""Seconds for which a model may think before it answers."""
 STREAM_SILENCE = 30.0
 """Seconds for which a stream may be silent, beyond a client's timeout."""
 
@@ -338,6 +391,10 @@ def _keyed(call: Call[T], idempotency_key: str | None) -> Call[T]:
 
 def _recovery(id: str) -> str:
     return f"/v1/recoveries/{_checked(id, 'recovery')}"
+
+
+def _deployment(id: str) -> str:
+    return f"/v1/deployments/{_checked(id, 'deployment')}"
 
 
 def _file(id: str) -> str:
@@ -386,6 +443,25 @@ def _read_page(item: type[M], body: bytes) -> Page[M]:
 
 def _read_unless_empty(model: type[M], body: bytes) -> M | None:
     return model.model_validate_json(body) if body else None
+
+
+class _Answer(BaseModel):
+    """As much of OpenAI's answer as is read."""
+
+    model_config = ConfigDict(defer_build=True)
+
+    choices: list[_Choice]
+
+
+class _Choice(BaseModel):
+    model_config = ConfigDict(defer_build=True)
+
+    message: dict[str, Any]
+
+
+def _said(body: bytes) -> str:
+    answer = _Answer.model_validate_json(body)
+    return str(answer.choices[0].message.get("content") or "") if answer.choices else ""
 
 
 def _text(body: bytes) -> str:

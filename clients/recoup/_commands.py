@@ -12,6 +12,7 @@ import typer
 
 from recoup import __version__, _render, _uploads
 from recoup._completion import completion
+from recoup._deploy import chat, deploy, deployments, rollback, undeploy
 from recoup._diagnose import diagnose
 from recoup._doctor import doctor
 from recoup._session import Id, Json, connected, console, dump, echo, show, show_state
@@ -182,6 +183,11 @@ def download(
             typer.echo("\n".join(paths))
 
 
+app.command()(deploy)
+app.command()(undeploy)
+app.command()(rollback)
+app.command()(deployments)
+app.command()(chat)
 app.add_typer(_uploads.app)
 app.command()(doctor)
 app.command()(completion)

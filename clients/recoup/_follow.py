@@ -36,13 +36,14 @@ from recoup._sse import Decoder, Frame
 from recoup.errors import (
     APIConnectionError,
     APIStatusError,
+    DeploymentFailedError,
     InvalidAnswerError,
     JobFailedError,
     WaitTimeoutError,
 )
 
 if TYPE_CHECKING:
-    from recoup.schemas import Diagnosis, Event, Page, Progress, Recovery
+    from recoup.schemas import Deployment, Diagnosis, Event, Page, Progress, Recovery
 
 T = TypeVar("T")
 J = TypeVar("J", "Recovery", "Diagnosis")
@@ -51,6 +52,8 @@ PATIENCE = 120.0
 """Seconds without any answer after which a follower gives up."""
 LONG_POLL = 20.0
 """Seconds for which one poll is held."""
+LOOK = 1.0
+"""Seconds between looks at a deployment, which has no long poll."""
 PAUSE = 0.1
 """Seconds between polls, so that a job that changes all the time does not fill the line."""
 
@@ -120,6 +123,23 @@ class Following(Generic[J]):
                 raise Unanswered(APIConnectionError("The stream of events broke off."), sent=True)
             except (Unanswered, APIStatusError) as failed:
                 yield Sleep(outage.pause(failed))
+
+
+def wait_for_deployment(id: str, timeout: float | None = None) -> Flow[Deployment]:
+    """The deployment once it is live. Outlives a restart of the server.
+
+    Raises DeploymentFailedError if it failed or was withdrawn, WaitTimeoutError after `timeout` seconds.
+    """
+    deadline = math.inf if timeout is None else WORLD.clock() + timeout
+    deployment = yield from send(_calls.get_deployment(id))
+    while deployment.state in {"pending", "probing"}:
+        if WORLD.clock() >= deadline:
+            raise WaitTimeoutError(deployment)
+        yield Sleep(LOOK)
+        deployment = yield from _patiently(_calls.get_deployment(id))
+    if deployment.state in {"failed", "withdrawn"}:
+        raise DeploymentFailedError(deployment)
+    return deployment
 
 
 @dataclass

@@ -19,6 +19,7 @@ from recoup.schemas import (
     Cost,
     CostEstimate,
     DamageReport,
+    Deployment,
     DiagnosisReport,
     DryRun,
     Estimate,
@@ -143,6 +144,27 @@ def jobs_table(recoveries: Sequence[Recovery]) -> Table:
         id, student = Text(clean(job.id)), Text(clean(job.request.student.source))
         table.add_row(id, state(job), job.stage, job.outcome, student, _moment(job.created_at))
     return table
+
+
+def deployments_table(found: Sequence[Deployment]) -> Table:
+    """One row a deployment."""
+    table = Table("id", "name", "state", "recovery", "servers", "created")
+    for one in found:
+        ready = sum(replica.state == "ready" for replica in one.replicas)
+        id, name, recovery = (Text(clean(text)) for text in (one.id, one.name, one.lineage.recovery))
+        servers = f"{ready} of {len(one.replicas)}" if one.replicas else "none"
+        table.add_row(id, name, one.state, recovery, servers, _moment(one.created_at))
+    return table
+
+
+def deployment_lines(one: Deployment) -> list[str]:
+    """Where it stands, and how to use it once it is live."""
+    lines = [clean(f"{one.id} {one.state}: {one.name}, of {one.lineage.recovery}")]
+    if one.reason:
+        lines.append(clean(f"{one.reason.message} ({one.reason.code})"))
+    if one.state == "live":
+        lines.append(clean(f"ask it with: recoup chat {one.name} '…', or as model {one.name} at /v1"))
+    return lines
 
 
 def dry_run_lines(found: DryRun) -> list[str]:

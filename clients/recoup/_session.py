@@ -82,7 +82,7 @@ def console() -> Console:
 def exit_code(error: Exception) -> int:
     """The code that a command ends with."""
     match error:
-        case errors.JobFailedError():
+        case errors.JobFailedError() | errors.DeploymentFailedError():
             return 1
         case errors.APIConnectionError() | errors.InternalServerError() | errors.InvalidAnswerError():
             return 3
@@ -106,6 +106,8 @@ def advice(error: Exception) -> str | None:
             text = "Use a key that may do this: set RECOUP_API_KEY."
         case errors.NotFoundError(code="recovery_not_found"):
             text = "`recoup list` shows the recoveries that are there."
+        case errors.NotFoundError(code="deployment_not_found" | "model_not_found"):
+            text = "`recoup deployments` shows the deployments that are there."
         case errors.NotFoundError(code="file_not_found"):
             text = "`recoup files list` shows the files that are there."
         case errors.ConflictError(code="not_finished"):

@@ -22,6 +22,7 @@ from typing import Generic, Self, TypeVar
 from recoup import _calls
 from recoup._http import Async, RawAsync, RawSync, Sync, connect, connect_async
 from recoup._resource import Sends
+from recoup.deployments import Deployments
 from recoup.diagnoses import Diagnoses
 from recoup.files import Files
 from recoup.recoveries import Recoveries
@@ -50,6 +51,7 @@ class Client:
         self._driver = driver
         self.recoveries = Recoveries(driver)
         self.diagnoses = Diagnoses(driver)
+        self.deployments = Deployments(driver)
         self.files = Files(driver)
 
     capabilities = Sends(_calls.get_capabilities)
@@ -101,6 +103,7 @@ class AsyncClient:
         self._driver = driver
         self.recoveries = Recoveries(driver)
         self.diagnoses = Diagnoses(driver)
+        self.deployments = Deployments(driver)
         self.files = Files(driver)
 
     capabilities = Sends(_calls.get_capabilities)
@@ -142,6 +145,7 @@ class Resources(Generic[M]):
         self._driver = driver
         self.recoveries = Recoveries(driver)
         self.diagnoses = Diagnoses(driver)
+        self.deployments = Deployments(driver)
         self.files = Files(driver)
 
     capabilities = Sends(_calls.get_capabilities)

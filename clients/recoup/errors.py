@@ -15,6 +15,7 @@
     │   └── InternalServerError         500 and above
     ├── InvalidAnswerError              the server answered yes, but not in Recoup's words
     ├── JobFailedError                  the request was fine, the job was not: .recovery
+    ├── DeploymentFailedError           what was to be served is not: .deployment
     ├── WaitTimeoutError                the job goes on, the caller wanted to wait no longer: .recovery
     ├── ChecksumError                   a downloaded file is not the file that the manifest names
     └── UnsafePathError                 an artifact's path would leave the download folder
@@ -33,7 +34,7 @@ from pydantic import ValidationError
 from recoup import schemas
 
 if TYPE_CHECKING:
-    from recoup.schemas import Diagnosis, Problem, ProblemItem, Recovery
+    from recoup.schemas import Deployment, Diagnosis, Problem, ProblemItem, Recovery
 
 
 class RecoupError(Exception):
@@ -137,10 +138,23 @@ class JobFailedError(RecoupError):
         return f"{_named(self.recovery)} failed in stage {stage}: {why}"
 
 
-class WaitTimeoutError(RecoupError):
-    """The caller's patience ended before the job did."""
+class DeploymentFailedError(RecoupError):
+    """A deployment failed, or was withdrawn before it was live."""
 
-    def __init__(self, recovery: Recovery | Diagnosis) -> None:
+    def __init__(self, deployment: Deployment) -> None:
+        super().__init__(deployment)
+        self.deployment = deployment
+
+    def __str__(self) -> str:
+        reason = self.deployment.reason
+        why = f"{reason.message} ({reason.code})" if reason else "somebody took it out of service"
+        return f"{_named(self.deployment)} is {self.deployment.state}: {why}"
+
+
+class WaitTimeoutError(RecoupError):
+    """The caller's patience ended before the job did, or before a deployment was live."""
+
+    def __init__(self, recovery: Recovery | Diagnosis | Deployment) -> None:
         super().__init__(recovery)
         self.recovery = recovery
 
@@ -191,5 +205,5 @@ def problem_of(status: int, body: bytes, request_id: str) -> Problem:
         )
 
 
-def _named(job: Recovery | Diagnosis) -> str:
+def _named(job: Recovery | Diagnosis | Deployment) -> str:
     return f"{job.object.capitalize()} {job.id}"

@@ -65,8 +65,8 @@ def create(
 def _shown(job: Recovery, ledger: Ledger, settings: Settings) -> Diagnosis:
     if job.state != "succeeded":
         return _listed(job)
-    path = open_artifact(published(job.id, ledger, settings), "report.json")
-    report = DiagnosisReport.model_validate_json(path.read_bytes())
+    opened = open_artifact(published(job.id, ledger, settings), "report.json")
+    report = DiagnosisReport.model_validate_json(opened.read_bytes())
     return _listed(job).model_copy(update={"report": report})
 
 

@@ -23,6 +23,7 @@ OPEN = frozenset({400, 422, 431, 500})
 """What any route at all may answer."""
 CREATES = frozenset({408, 409, 413, 415, 507})
 CHANGES = frozenset({404, 409, 412})
+ANSWERS = frozenset({404, 408, 413, 415})
 KEY = "Not asked for before the first key is made."
 DESCRIPTION = (
     "Restores language models that lost ability, and proves it. Errors are RFC 9457 problems: compare "
@@ -59,7 +60,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("post", "/v1/recoveries/{id}/pause"): _o("pauseRecovery", "Give a recovery's device back", CHANGES),
     ("post", "/v1/recoveries/{id}/resume"): _o("resumeRecovery", "Go on with a recovery", CHANGES),
     ("post", "/v1/recoveries/{id}/retry"): _o(
-        "retryRecovery", "Repeat a recovery that failed or was cancelled", {404, 409}
+        "retryRecovery", "Repeat a recovery that failed or was cancelled", {400, 404, 409, 422}
     ),
     ("get", "/v1/recoveries/{id}/events"): _o(
         "listRecoveryEvents", "Read or stream the history of a recovery", {404}, "text/event-stream"
@@ -134,8 +135,22 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("get", "/v1/webhooks"): _o("listWebhooks", "List webhooks, oldest first"),
     ("get", "/v1/webhooks/{id}"): _o("getWebhook", "Read a webhook", {404}),
     ("delete", "/v1/webhooks/{id}"): _o("deleteWebhook", "Be told no more", {404}),
+    ("post", "/v1/deployments"): _o("createDeployment", "Serve what a recovery handed over", CREATES),
+    ("get", "/v1/deployments"): _o("listDeployments", "List deployments, newest first"),
+    ("get", "/v1/deployments/{id}"): _o("getDeployment", "Read a deployment", {404}),
+    ("delete", "/v1/deployments/{id}"): _o("withdrawDeployment", "Take a deployment out of service", {404}),
+    ("post", "/v1/deployments/{id}/rollback"): _o(
+        "rollBackDeployment", "Serve what had the name before", {404, 409}
+    ),
+    ("get", "/v1/models"): _o("listModels", "List what is served, with where it comes from"),
+    ("get", "/v1/models/{id}"): _o("getModel", "Read what is served under a name", {404}),
+    ("post", "/v1/chat/completions"): _o(
+        "createChatCompletion", "Answer a conversation", ANSWERS, "text/event-stream"
+    ),
+    ("post", "/v1/completions"): _o("createCompletion", "Go on with a text", ANSWERS, "text/event-stream"),
     ("get", "/v1/capabilities"): _o("getCapabilities", "What this installation can do"),
     ("get", "/healthz"): _o("getHealth", "Whether the process is alive"),
+    ("get", "/metrics"): _o("getMetrics", "What Prometheus reads", (), "text/plain"),
     ("get", "/readyz"): _o("getReadiness", "Whether the service can work", {503}),
 }
 

@@ -8,12 +8,16 @@ from recoup.schemas import (
     CreateDiagnosis,
     CreateRecovery,
     DeletedFile,
+    Deployment,
     Diagnosis,
     Event,
     File,
+    Launch,
+    Lineage,
     ModelRef,
     Problem,
     Recovery,
+    ReplicaStanding,
 )
 from recoup.schemas.webhook import Webhook
 from recoup_jobs.openai_jobs import as_checkpoint, as_job, as_job_event
@@ -68,6 +72,17 @@ JOB_REQUEST = {
 }
 
 WEBHOOK_REQUEST = {"url": "https://hooks.example.com/recoup", "events": ["recovery.succeeded"]}
+
+DEPLOYMENT_REQUEST = {"recovery": RECOVERY_ID, "name": "support"}
+
+CHAT_REQUEST = {
+    "model": "support",
+    "messages": [{"role": "user", "content": "What is the capital of France?"}],
+    "max_tokens": 40,
+    "temperature": 0,
+}
+
+COMPLETION_REQUEST = {"model": "support", "prompt": "The capital of France is", "max_tokens": 8}
 
 PROBLEM = Problem(
     type="urn:recoup:problem:invalid_value",
@@ -128,6 +143,41 @@ _webhook = Webhook(
     created_at=AT,
     disabled_at=None,
 ).model_dump()
+_deployment = Deployment(
+    id="dep_0123456789abcdef01234567",
+    object="deployment",
+    name="support",
+    kind="adapter",
+    state="live",
+    reason=None,
+    lineage=Lineage(
+        recovery=RECOVERY_ID, student="my-pruned-model", teacher="its-original", outcome="recovered"
+    ),
+    replicas=[ReplicaStanding(replica=0, state="ready", reason=None, checked_at=AT + 20)],
+    launch=Launch(
+        arguments=["my-pruned-model", "--enable-lora", "--max-lora-rank", "16"],
+        environment={"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"},
+    ),
+    version=3,
+    created_at=AT,
+    live_at=AT + 20,
+    ended_at=None,
+).model_dump(mode="json")
+_model = {
+    "id": "support",
+    "object": "model",
+    "created": int(AT),
+    "owned_by": "recoup",
+    "deployment": _deployment["id"],
+    "lineage": _deployment["lineage"],
+}
+_choice = {"index": 0, "finish_reason": "stop", "logprobs": None}
+_completion = {
+    "id": "chatcmpl-1",
+    "created": int(AT),
+    "model": "support",
+    "usage": {"prompt_tokens": 14, "completion_tokens": 3, "total_tokens": 17},
+}
 _artifact = Artifact(object="artifact", path="report.json", size=2048, sha256=_file["sha256"]).model_dump()
 
 
@@ -179,6 +229,20 @@ EXAMPLES: dict[str, Any] = {
     "createWebhook": _webhook | {"secret": "whsec_c2hvd24gb25jZQ=="},
     "listWebhooks": _page(_webhook),
     "getWebhook": _webhook,
+    "createDeployment": _deployment | {"state": "pending", "replicas": [], "live_at": None},
+    "listDeployments": _page(_deployment),
+    "getDeployment": _deployment,
+    "withdrawDeployment": _deployment | {"state": "withdrawn", "ended_at": AT + 60},
+    "rollBackDeployment": _deployment | {"state": "pending", "version": 5},
+    "listModels": _page(_model),
+    "getModel": _model,
+    "createChatCompletion": _completion
+    | {
+        "object": "chat.completion",
+        "choices": [_choice | {"message": {"role": "assistant", "content": "Paris."}}],
+    },
+    "createCompletion": _completion
+    | {"object": "text_completion", "choices": [_choice | {"text": " Paris."}]},
     "getCapabilities": Capabilities(
         version="0.1.0",
         damages=["finetuning", "quantization", "pruning"],

@@ -10,6 +10,7 @@ import re
 import secrets
 from ipaddress import ip_address
 
+import structlog
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.concurrency import run_in_threadpool
@@ -43,6 +44,7 @@ class Guard:
         headers = Headers(scope=scope)
         request_id = _request_id(headers.get("x-request-id", ""))
         also: dict[str, str] = {}
+        structlog.contextvars.bind_contextvars(request_id=request_id)
         bodiless = scope["method"] == "HEAD"
         if bodiless:  # what GET would answer, but for the body
             scope = {**scope, "method": "GET"}

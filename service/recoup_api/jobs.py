@@ -7,30 +7,31 @@ this kind get; a list shows jobs without what lies in files.
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import FileResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
 from recoup.schemas import Alignment, ChangeRecovery, Damage, Event, Outcome, Page, Recovery, State
 from recoup.schemas.recovery import TERMINAL_STATES
 from recoup_api.body import ChangeBody, documented
 from recoup_api.cursors import seal, unseal
+from recoup_api.downloads import Download
 from recoup_api.examples import CHANGE
 from recoup_api.idempotency import IdempotencyKey, Keep, answer_once
 from recoup_api.query import METADATA_PARAMETER, MetadataWanted
 from recoup_api.watch import etag, known_etags
 from recoup_api.wiring import After, Limit, TheCaller, TheLedger, TheSettings, TheWatch
 from recoup_jobs.answers import Answer
-from recoup_jobs.artifacts import ARTIFACTS, open_artifact
+from recoup_jobs.artifacts import Published, open_artifact, open_published
 from recoup_jobs.errors import BadRequest, Conflict, NotFound, PreconditionFailed
 from recoup_jobs.filters import Wanted
 from recoup_jobs.kinds import JobKind, kind_of
 from recoup_jobs.ledger import Ledger
 from recoup_jobs.settings import Settings
+from recoup_jobs.stores import open_store
 
 J = TypeVar("J", bound=BaseModel)
 
@@ -162,22 +163,22 @@ def _add_history(router: APIRouter) -> None:
         return StreamingResponse(watch.stream(id, since), headers=STREAM, media_type="text/event-stream")
 
     @router.get("/{id}/alignment", response_model=Alignment)
-    def alignment(id: str, ledger: TheLedger, settings: TheSettings, accept: ByAccept = "") -> FileResponse:
+    def alignment(id: str, ledger: TheLedger, settings: TheSettings, accept: ByAccept = "") -> Download:
         """JSON; or for `Accept: text/csv`, `image/svg+xml` or `image/png` the layers as table or picture."""
         suffix = next((suffix for kind, suffix in PICTURES.items() if kind in accept), "json")
-        path = open_artifact(published(id, ledger, settings), f"alignment.{suffix}")
-        return FileResponse(path, headers=NOT_OUR_PAGE | {"Vary": "Accept"})
+        opened = open_artifact(published(id, ledger, settings), f"alignment.{suffix}")
+        return Download(opened, headers=NOT_OUR_PAGE | {"Vary": "Accept"})
 
 
-def published(id: str, ledger: Ledger, settings: Settings) -> Path:
-    """The folder of a job's artifacts, once nobody writes there any more."""
+def published(id: str, ledger: Ledger, settings: Settings) -> Published:
+    """A job's artifacts, once nobody publishes any more."""
     state = ledger.get(id).state
     if state not in TERMINAL_STATES:
         raise Conflict("not_finished", f"the {kind_of(id)} is {state}; its files are there once it has ended")
-    folder = ledger.committed(id).get("package")
-    if folder is None:
+    place = ledger.committed(id).get("package")
+    if place is None:
         raise NotFound("no_artifacts", f"this {kind_of(id)} published no artifacts")
-    return settings.stage_folder(folder) / ARTIFACTS
+    return open_published(open_store(settings), place)
 
 
 def version_of(if_match: str | None) -> int | None:

@@ -24,7 +24,7 @@ from recoup_jobs.findings import pointer
 from recoup_jobs.scrubber import scrub
 
 HEADERS_BY_STATUS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "5"}}
-OPENAI_PATHS = ("/v1/files", "/v1/fine_tuning")
+OPENAI_PATHS = ("/v1/files", "/v1/fine_tuning", "/v1/models", "/v1/chat/completions", "/v1/completions")
 DISK_IS_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 log = logging.getLogger(__name__)

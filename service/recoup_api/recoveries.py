@@ -15,6 +15,7 @@ from recoup.schemas import (
     Report,
 )
 from recoup_api.body import RecoveryBody, documented
+from recoup_api.downloads import Download
 from recoup_api.dry_run import foresee
 from recoup_api.examples import REQUEST
 from recoup_api.idempotency import IdempotencyKey, Keep, answer_once, require_key
@@ -29,7 +30,7 @@ from recoup_api.wiring import (
     own_job,
 )
 from recoup_jobs.answers import Answer
-from recoup_jobs.artifacts import RECIPE, open_artifact, read_manifest
+from recoup_jobs.artifacts import RECIPE, open_artifact
 from recoup_jobs.errors import NotFound, RangeNotSatisfiable
 from recoup_jobs.preflight import preflight
 from recoup_jobs.quotas import require_room_for_job
@@ -90,32 +91,32 @@ add_to(router, RECOVERY)
 
 
 @router.get("/{id}/report", response_model=Report)
-def report(id: str, ledger: TheLedger, settings: TheSettings, accept: ByAccept = "") -> FileResponse:
+def report(id: str, ledger: TheLedger, settings: TheSettings, accept: ByAccept = "") -> Download:
     """JSON, or one self-contained page for `Accept: text/html`."""
     name = "report.html" if "text/html" in accept else "report.json"
     headers = NOT_OUR_PAGE | {"Vary": "Accept"}
-    return FileResponse(open_artifact(published(id, ledger, settings), name), headers=headers)
+    return Download(open_artifact(published(id, ledger, settings), name), headers=headers)
 
 
 @router.get("/{id}/recipe", response_class=FileResponse)
-def recipe(id: str, ledger: TheLedger, settings: TheSettings) -> FileResponse:
+def recipe(id: str, ledger: TheLedger, settings: TheSettings) -> Download:
     """A Python script that repeats the training with transformers and peft alone."""
-    folder = published(id, ledger, settings)
-    report = json.loads(open_artifact(folder, "report.json").read_bytes())
+    found = published(id, ledger, settings)
+    report = json.loads(open_artifact(found, "report.json").read_bytes())
     if report["training"] is None:
         raise NotFound("no_recipe", f"there is no training to repeat: {_why_untrained(report)}")
-    return FileResponse(open_artifact(folder, RECIPE), media_type="text/x-python", headers=NOT_OUR_PAGE)
+    return Download(open_artifact(found, RECIPE), media_type="text/x-python", headers=NOT_OUR_PAGE)
 
 
 @router.get("/{id}/artifacts")
 def artifacts(id: str, ledger: TheLedger, settings: TheSettings) -> Page[Artifact]:
-    found = read_manifest(published(id, ledger, settings))
+    found = list(published(id, ledger, settings).artifacts)
     return Page(object="list", data=found, has_more=False, next_cursor=None)
 
 
 @router.get("/{id}/artifacts/{path:path}", response_class=FileResponse, dependencies=[Depends(_one_range)])
-def artifact(id: str, path: str, ledger: TheLedger, settings: TheSettings) -> FileResponse:
-    return FileResponse(open_artifact(published(id, ledger, settings), path), headers=NOT_OUR_PAGE)
+def artifact(id: str, path: str, ledger: TheLedger, settings: TheSettings) -> Download:
+    return Download(open_artifact(published(id, ledger, settings), path), headers=NOT_OUR_PAGE)
 
 
 def _why_untrained(report: dict[str, Any]) -> str:

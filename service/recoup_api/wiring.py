@@ -1,11 +1,12 @@
 """What handlers ask for by type: the application's ledger and settings, who calls, the bounds of a page."""
 
 from collections.abc import Awaitable, Callable
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import Depends, Query, Request
 
 from recoup_api.watch import Watch
+from recoup_jobs.deployments import Deployments
 from recoup_jobs.errors import Forbidden, NotFound
 from recoup_jobs.inspection import Inspections
 from recoup_jobs.keys import Caller
@@ -40,16 +41,21 @@ async def _watch(request: Request) -> Watch:
     return watch
 
 
+async def _deployments(request: Request) -> Deployments:
+    deployments: Deployments = request.app.state.deployments
+    return deployments
+
+
 async def _caller(request: Request) -> Caller:
     caller: Caller = request.state.caller
     return caller
 
 
-def needs(what: str) -> Callable[[Request], Awaitable[None]]:
-    """A dependency of a router: its GETs need the scope `<what>:read`, all else `<what>:write`."""
+def needs(what: str, how: Literal["read"] | None = None) -> Callable[[Request], Awaitable[None]]:
+    """A dependency of a router: its GETs need the scope `<what>:read`, all else `<what>:write` or `how`."""
 
     async def check(request: Request) -> None:
-        scope = f"{what}:{'read' if request.method == 'GET' else 'write'}"
+        scope = f"{what}:{how or ('read' if request.method == 'GET' else 'write')}"
         if scope not in request.state.caller.scopes:
             raise Forbidden("insufficient_scope", f"this key lacks the scope {scope}")
 
@@ -64,6 +70,7 @@ async def _inspections(request: Request) -> Inspections:
 TheLedger = Annotated[Ledger, Depends(_ledger)]
 TheSettings = Annotated[Settings, Depends(_settings)]
 TheWatch = Annotated[Watch, Depends(_watch)]
+TheDeployments = Annotated[Deployments, Depends(_deployments)]
 TheCaller = Annotated[Caller, Depends(_caller)]
 TheInspections = Annotated[Inspections, Depends(_inspections)]
 

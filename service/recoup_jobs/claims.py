@@ -9,12 +9,13 @@ database's clock. Nothing here opens a transaction: the ledger does.
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, Select, and_, or_, select
+from sqlalchemy import ColumnElement, Connection, Row, Select, Subquery, and_, func, or_, select
 
 from recoup.schemas import CreateRecovery, State
 from recoup_jobs.errors import StaleClaim
 from recoup_jobs.history import move
 from recoup_jobs.lifecycle import HELD_STATES
+from recoup_jobs.metrics import LEASE_LOSSES, REFUSED_WRITES
 from recoup_jobs.tables import jobs, now
 
 
@@ -29,6 +30,8 @@ class Claim:
     """For how long earlier claims held the job."""
     memory_failures: int = 0
     """How often it ran out of memory before: a micro-batch is to be halved as often."""
+    traceparent: str | None = None
+    """The trace that it belongs to."""
 
 
 def take(
@@ -44,13 +47,14 @@ def take(
 
 def claim_of(job: Row[Any], epoch: int) -> Claim:
     request = CreateRecovery.model_validate_json(job.request)
-    return Claim(job.id, epoch, request, job.spent_seconds, job.memory_failures)
+    return Claim(job.id, epoch, request, job.spent_seconds, job.memory_failures, job.traceparent)
 
 
 def fence(conn: Connection, claim: Claim) -> Row[Any]:
     """The claimed job's row, locked; raises `StaleClaim` if it is no longer this claim's to write."""
     job = conn.execute(select(jobs).where(held_by(claim)).with_for_update()).first()
     if job is None:
+        REFUSED_WRITES.inc()
         raise StaleClaim(
             "stale_claim", f"epoch {claim.epoch} no longer holds recovery {claim.job_id}; stop working on it"
         )
@@ -74,12 +78,25 @@ def without_worker(job: Row[Any]) -> State:
 
 
 def _best(queues: list[str], only: str | None) -> Select[Any]:
-    """Abandoned jobs first, then by priority and arrival; rows that another worker looks at are skipped."""
-    free = select(jobs).where(jobs.c.queue.in_(queues), or_(jobs.c.state == "queued", abandoned()))
+    """Abandoned jobs first; then by priority, by how few jobs of its tenant run, and by arrival.
+
+    Rows that another worker looks at are skipped.
+    """
+    running = _running(queues)
+    free = select(jobs).join_from(jobs, running, jobs.c.tenant == running.c.tenant, isouter=True)
+    free = free.where(jobs.c.queue.in_(queues), or_(jobs.c.state == "queued", abandoned()))
     if only is not None:
         free = free.where(jobs.c.id == only)
-    in_order = free.order_by(jobs.c.state == "queued", jobs.c.priority.desc(), jobs.c.number)
-    return in_order.limit(1).with_for_update(skip_locked=True)
+    share = func.coalesce(running.c.number, 0)
+    in_order = free.order_by(jobs.c.state == "queued", jobs.c.priority.desc(), share, jobs.c.number)
+    return in_order.limit(1).with_for_update(skip_locked=True, of=jobs)
+
+
+def _running(queues: list[str]) -> Subquery:
+    """How many jobs of each tenant hold machines of these classes."""
+    held = select(jobs.c.tenant, func.count().label("number"))
+    held = held.where(jobs.c.state.in_(HELD_STATES), jobs.c.queue.in_(queues))
+    return held.group_by(jobs.c.tenant).subquery()
 
 
 def _claimed(conn: Connection, job: Row[Any], owner: str, lease_seconds: float) -> Claim:
@@ -92,6 +109,7 @@ def _claimed(conn: Connection, job: Row[Any], owner: str, lease_seconds: float) 
 
 def give_back(conn: Connection, job: Row[Any], max_losses: int, reason: str) -> None:
     """Queues a job again whose worker or runner vanished, or fails it if that happened too often."""
+    LEASE_LOSSES.labels(reason).inc()
     if job.state == "cancelling":
         return move(conn, job, "cancelled", {"reason": reason})
     losses = job.infrastructure_losses + 1

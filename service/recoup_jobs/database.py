@@ -11,6 +11,7 @@ Migrations run once, under a lock that all processes of an installation share.
 
 import fcntl
 import json
+import logging
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,8 @@ from typing import Any
 
 from alembic import command
 from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -37,6 +40,8 @@ PAUSE_SECONDS = 0.25
 READER_BUSY_MS, WRITER_BUSY_SECONDS = 15_000, 15.0
 POSTGRESQL = {"connect_timeout": 5, "tcp_user_timeout": 10_000}
 """A server that vanished without a word is noticed before a lease runs out."""
+
+log = logging.getLogger(__name__)
 
 
 def connect(url: str) -> Engine:
@@ -72,11 +77,21 @@ def patiently(write: Callable[[], None], seconds: float) -> None:
 
 
 def migrate(engine: Engine) -> None:
-    """Brings the schema to the newest revision, once, however many processes ask."""
+    """Brings the schema to the newest revision, once, however many processes ask.
+
+    A schema that a later release made is left as it is: revisions only add (docs/10-operations.md),
+    so this release works on it while the later one takes over, machine by machine.
+    """
     with _migration_lock(engine), engine.begin() as connection:
         if engine.dialect.name == "postgresql":
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
-        command.upgrade(migrations(connection), "head")
+        config = migrations(connection)
+        known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
+        current = MigrationContext.configure(connection).get_current_revision()
+        if current is None or current in known:
+            command.upgrade(config, "head")
+        else:
+            log.warning("the schema is at %s, which a later release made; it is left as it is", current)
 
 
 def migrations(connection: Connection) -> Config:

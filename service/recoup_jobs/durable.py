@@ -4,30 +4,28 @@ A rename is atomic, but only what was flushed before it is sure to be there afte
 folder that holds the name has to be flushed too.
 """
 
-import hashlib
 import os
+import shutil
 from pathlib import Path
+from typing import BinaryIO
 
 CHUNK = 1 << 20
 
 
-def copy(source: Path, target: Path) -> tuple[int, str]:
-    """Copies bytes to the disk; answers their number and their sha256."""
-    digest = hashlib.sha256()
-    with source.open("rb") as bytes_in, target.open("xb") as bytes_out:
-        while chunk := bytes_in.read(CHUNK):
-            digest.update(chunk)
-            bytes_out.write(chunk)
-        bytes_out.flush()
-        os.fsync(bytes_out.fileno())
-        return bytes_out.tell(), digest.hexdigest()
-
-
-def write(target: Path, content: bytes) -> None:
+def copy(content: BinaryIO, target: Path) -> None:
+    """Copies all bytes from where `content` stands to a new file on the disk."""
     with target.open("xb") as bytes_out:
-        bytes_out.write(content)
+        shutil.copyfileobj(content, bytes_out, CHUNK)
         bytes_out.flush()
         os.fsync(bytes_out.fileno())
+
+
+def make_folder(folder: Path) -> None:
+    """Makes the folder and those above it, durably."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """What can go wrong with a request, as one tree; each error carries its HTTP status and a code.
 
     RecoupError               500
+    ├── CorruptArtifact            what was published is no longer there as it was
     ├── BadRequest            400  not readable as what it claims to be
     ├── Unauthorized          401  no key, or not this one
     ├── Forbidden             403  a key without the scope
@@ -39,6 +40,10 @@ class RecoupError(Exception):
 
     def __str__(self) -> str:
         return self.message
+
+
+class CorruptArtifact(RecoupError):
+    """The store lost or changed what it was given."""
 
 
 class BadRequest(RecoupError):

@@ -26,6 +26,8 @@ KEY = re.compile(r"recoup_([0-9a-f]{12})_[A-Za-z0-9_-]{43}")
 SCOPES = tuple(
     f"{what}:{how}" for what in ("jobs", "files", "models", "webhooks") for how in ("read", "write")
 )
+READ_METRICS = "metrics:read"
+"""Shows what all tenants do together, so no key has it that was not made for it."""
 REMEMBERED_SECONDS = 2.0
 """For so long a key that was revoked may still be let in."""
 
@@ -40,7 +42,7 @@ class Caller:
     """The prefix of the key; None where none is asked for."""
 
 
-OPERATOR = Caller(DEFAULT_TENANT, frozenset(SCOPES), None)
+OPERATOR = Caller(DEFAULT_TENANT, frozenset({*SCOPES, READ_METRICS}), None)
 """Whoever sits at this machine, or holds the key of the settings."""
 
 

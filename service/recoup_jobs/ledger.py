@@ -22,7 +22,7 @@ from recoup.schemas import (
     Recovery,
     Stage,
 )
-from recoup_jobs import verbs
+from recoup_jobs import tracing, verbs
 from recoup_jobs.claims import Claim, abandoned, claim_of, fence, give_back, held_by, take, without_worker
 from recoup_jobs.database import READ_ONLY, connect, migrate, patiently
 from recoup_jobs.errors import BadRequest, Conflict, NotFound, PreconditionFailed
@@ -37,6 +37,8 @@ from recoup_jobs.tables import DEFAULT_TENANT, events, jobs, leaders, now, stage
 PATIENCE_SECONDS = 20.0
 """For how long a worker's write is tried while the database is away; less than a lease by default."""
 Held = Literal["held", "cancel", "pause", "lost"]
+Also = Callable[[Connection, Recovery], None]
+"""What else belongs into the transaction that makes a job."""
 
 
 def open_ledger(settings: Settings) -> "Ledger":
@@ -72,7 +74,7 @@ class Ledger:
         request: CreateRecovery,
         queue: str,
         tenant: str = DEFAULT_TENANT,
-        also: Callable[[Connection, Recovery], None] = lambda *_: None,
+        also: Also = lambda *_: None,
         kind: JobKind = "recovery",
     ) -> Recovery:
         """A queued job; what `also` writes is there with it, or neither is."""
@@ -82,6 +84,7 @@ class Ledger:
             "priority": request.priority,
             "queue": queue,
             "tenant": tenant,
+            "traceparent": tracing.traceparent(),
         }
         with self.engine.begin() as conn:
             recovery = _recovery(begin(conn, row))
@@ -132,7 +135,7 @@ class Ledger:
     def change(self, id: str, asked: ChangeRecovery, version: int | None = None) -> Recovery:
         return self._ask(id, lambda conn, job: verbs.change(conn, job, asked), version)
 
-    def retry(self, id: str, also: Callable[[Connection, Recovery], None] = lambda *_: None) -> Recovery:
+    def retry(self, id: str, also: Also = lambda *_: None) -> Recovery:
         """A new job for one that failed or was cancelled; it takes over what was committed.
 
         What `also` writes is there with it, or neither is.
@@ -187,6 +190,11 @@ class Ledger:
         with self.reading() as conn:
             rows = conn.execute(query.order_by(jobs.c.priority.desc(), jobs.c.number))
             return [(row.id, row.queue) for row in rows]
+
+    def traceparent(self, id: str) -> str | None:
+        """The trace of the request that made the job."""
+        with self.reading() as conn:
+            return conn.execute(select(jobs.c.traceparent).where(jobs.c.id == id)).scalar()
 
     def mark_published(self, id: str) -> None:
         with self.engine.begin() as conn:

@@ -33,10 +33,14 @@ def die_with_parent(parent: int | None = None) -> None:
 
 
 def die_with_stdin() -> None:
-    """Ends this process's group when standard input, a pipe of the parent's, is closed."""
+    """Ends this process's group when standard input, a pipe of the parent's, is closed.
+
+    The thread that waits reads the descriptor: on the lock of `sys.stdin` the interpreter's end would abort.
+    """
 
     def watch() -> None:
-        sys.stdin.buffer.read()
+        while os.read(sys.stdin.fileno(), 4096):
+            continue
         os.killpg(os.getpgrp(), signal.SIGKILL)
 
     threading.Thread(target=watch, name="stdin", daemon=True).start()

@@ -66,6 +66,7 @@ jobs = Table(
     Column("started_at", Double),
     Column("finished_at", Double),
     Column("cleared_at", Double),
+    Column("traceparent", String(55)),
     _tenant(),
     Index("ix_jobs_tenant", "tenant", "number"),
     Index("ix_jobs_finished_at", "finished_at"),
@@ -163,6 +164,37 @@ deliveries = Table(
     Column("attempts", Integer, nullable=False),
     Column("next_at", Double, index=True),
     Column("last_answer", String(64)),
+)
+
+deployments = Table(
+    "deployments",
+    metadata,
+    Column("number", Number, primary_key=True, autoincrement=True),
+    Column("id", String(32), nullable=False, unique=True),
+    _tenant(),
+    Column("name", String(64), nullable=False),
+    Column("kind", String(16), nullable=False),
+    Column("state", String(16), nullable=False, index=True),
+    Column("reason", JSON(none_as_null=True)),
+    Column("recovery_id", String(32), ForeignKey(jobs.c.id), nullable=False),
+    Column("lineage", JSON, nullable=False),
+    Column("launch", JSON, nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("created_at", Double, nullable=False),
+    Column("live_at", Double),
+    Column("ended_at", Double),
+    Index("ix_deployments_tenant", "tenant", "name", "number"),
+    sqlite_autoincrement=True,
+)
+
+placements = Table(
+    "placements",
+    metadata,
+    Column("deployment_id", String(32), ForeignKey(deployments.c.id), primary_key=True),
+    Column("replica", String(255), primary_key=True),
+    Column("state", String(16), nullable=False),
+    Column("reason", JSON(none_as_null=True)),
+    Column("checked_at", Double, nullable=False),
 )
 
 

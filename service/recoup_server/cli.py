@@ -1,4 +1,7 @@
-"""`recoup-server`: up | api | worker | teacher | keys | demo | align. What each starts is imported then."""
+"""`recoup-server`: up | api | worker | migrate | engine | teacher | keys | demo | align.
+
+What each starts is imported then.
+"""
 
 import signal
 import sys
@@ -61,26 +64,56 @@ def api(home: Home = None, host: Host = "127.0.0.1", port: Port = DEFAULT_PORT) 
     from recoup_jobs.ledger import open_ledger
 
     settings = _settings(home)
+    _observed(settings, "recoup-api")
     _require_key(settings, host)
     ledger = open_ledger(settings)
     try:
         uvicorn.run(
-            create_app(settings, ledger),
+            create_app(settings, ledger, sweep=True),
             host=host,
             port=port,
             timeout_graceful_shutdown=5,
             server_header=False,
+            log_config=None,
         )
     finally:
         ledger.close()
 
 
 @app.command()
-def worker(home: Home = None) -> None:
+def worker(
+    home: Home = None,
+    once: Annotated[
+        bool,
+        typer.Option("--once", help="Take up the best job that waits, if there is one, and end with it."),
+    ] = False,
+) -> None:
     """Take up recoveries from the queue, one at a time."""
-    from recoup_worker.main import serve
+    from recoup_worker.main import serve, serve_once
 
-    serve(_settings(home))
+    settings = _settings(home)
+    _observed(settings, "recoup-worker")
+    (serve_once if once else serve)(settings)
+
+
+@app.command()
+def migrate(home: Home = None) -> None:
+    """Bring the ledger's schema up to date and end. API and workers do so too when they start."""
+    from recoup_jobs.ledger import open_ledger
+
+    settings = _settings(home)
+    _observed(settings, "recoup-migrate")
+    open_ledger(settings).close()
+
+
+@app.command()
+def engine(
+    socket: Annotated[Path, typer.Option(help="The unix socket to listen on.")], home: Home = None
+) -> None:
+    """Answer for deployments by transformers, one request at a time, where there is no vLLM."""
+    from recoup_worker.engine import serve
+
+    serve(_settings(home), socket)
 
 
 @app.command(context_settings={"allow_extra_args": True})
@@ -154,6 +187,13 @@ def align(
 
 def _settings(home: Path | None) -> Settings:
     return Settings(home=home) if home else Settings()
+
+
+def _observed(settings: Settings, service: str) -> None:
+    from recoup_jobs import logs, tracing
+
+    logs.configure(settings.log_format)
+    tracing.start(service)
 
 
 def _require_key(settings: Settings, host: str) -> None:

@@ -1,8 +1,8 @@
 """A whole installation on one machine that has nothing: `recoup-server up`.
 
-Valkey from its wheel on a unix socket, the API, and one worker, each a child process that
-ends with this one. The ledger is SQLite, the broker keeps nothing that matters: the row is
-the truth, and a hint that was lost is published again. One installation runs on a home: a
+Valkey from its wheel on a unix socket, the API, one worker, and while something is deployed the local
+engine, each a child process that ends with this one. The ledger is SQLite, the broker keeps nothing that
+matters: the row is the truth, and a hint that was lost is published again. One installation runs on a home: a
 second one says so, and a broker that an earlier one left behind is ended first.
 """
 
@@ -24,6 +24,7 @@ import redis
 
 from recoup_jobs.processes import bound, stop_group
 from recoup_jobs.settings import Settings
+from recoup_server.engine import engine_on_demand, socket_of_engine
 
 START_SECONDS, STOP_SECONDS = 60.0, 40.0
 TAIL_LINES = 30
@@ -53,6 +54,7 @@ def running(settings: Settings, host: str, port: int) -> Iterator[Installation]:
     settings.home.mkdir(mode=0o700, parents=True, exist_ok=True)
     with ExitStack() as stack:
         stack.enter_context(_only_one(settings.home))
+        settings = stack.enter_context(socket_of_engine(settings))
         broker = settings.broker_url or stack.enter_context(valkey(settings.home))
         environment = os.environ | settings.environment() | {"RECOUP_BROKER_URL": broker}
         api = stack.enter_context(
@@ -61,6 +63,11 @@ def running(settings: Settings, host: str, port: int) -> Iterator[Installation]:
         url = f"http://{host}:{port}"
         wait(lambda: _answers(url), api, settings.home / "api.log")
         worker = stack.enter_context(_child(["worker"], environment, settings.home / "worker.log"))
+
+        def start(arguments: list[str]) -> AbstractContextManager[subprocess.Popen[bytes]]:
+            return _child(arguments, environment, settings.home / f"{arguments[0]}.log")
+
+        stack.enter_context(engine_on_demand(settings, start))
         yield Installation(url, {"api": api, "worker": worker})
 
 

@@ -27,15 +27,18 @@ Home = Annotated[
 def create(
     name: Annotated[str, typer.Argument(help="Whom it is for; only people read this.")],
     tenant: Annotated[str, typer.Option(help="Whose recoveries and files it sees.")] = "default",
-    scope: Annotated[list[str] | None, typer.Option(help="Such as jobs:read. [default: all]")] = None,
+    scope: Annotated[
+        list[str] | None, typer.Option(help="Such as jobs:read. [default: all but metrics:read]")
+    ] = None,
     days: Annotated[int | None, typer.Option(min=1, max=3650, help="It expires after so many.")] = None,
     home: Home = None,
 ) -> None:
     """Make a key and print it; it cannot be shown again."""
-    from recoup_jobs.keys import SCOPES, NewKey, create_key
+    from recoup_jobs.keys import READ_METRICS, SCOPES, NewKey, create_key
 
-    if unknown := sorted(set(scope or ()) - set(SCOPES)):
-        typer.echo(f"There is no scope {unknown[0]}; there are {', '.join(SCOPES)}.", err=True)
+    known = *SCOPES, READ_METRICS
+    if unknown := sorted(set(scope or ()) - set(known)):
+        typer.echo(f"There is no scope {unknown[0]}; there are {', '.join(known)}.", err=True)
         sys.exit(2)
     expires_at = time.time() + days * DAY if days else None
     with _ledger(home) as ledger:

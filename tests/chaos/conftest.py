@@ -1,9 +1,11 @@
 """An installation that is made to be broken: real broker, workers, supervisors, runners and commits.
 
-Only the science is light (`light/recoup_ml`). Leases are short, so that a fault takes seconds; the
-watchdog must still bear the start of a runner on a machine that is busy with other things.
+The science is light (`light/recoup_ml`), unless a test asks for the real one, on tiny models. Leases are
+short, so that a fault takes seconds; the watchdog must still bear the start of a runner on a machine that is
+busy with other things.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -13,8 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
-import uuid
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
@@ -22,21 +24,62 @@ import psutil
 import pytest
 import redis
 from safetensors.numpy import save_file
-from sqlalchemy import create_engine, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy import update
 
 from recoup.schemas import CreateRecovery, ModelRef
 from recoup.schemas.recovery import TERMINAL_STATES
-from recoup_jobs.artifacts import ARTIFACTS, read_manifest
+from recoup_jobs.artifacts import open_artifact, open_published
 from recoup_jobs.dispatch import celery_app, celery_publisher
+from recoup_jobs.errors import CorruptArtifact
+from recoup_jobs.garbage import MOST_JOBS, collect
 from recoup_jobs.ledger import open_ledger
 from recoup_jobs.settings import Settings
+from recoup_jobs.stores import open_store
 from recoup_jobs.sweeper import Sweeper
+from recoup_jobs.tables import jobs
 
-LIGHT = Path(__file__).with_name("light")
-POSTGRESQL = os.environ.get("RECOUP_TEST_POSTGRESQL_URL", "postgresql+psycopg://postgres@127.0.0.1:5432/test")
-LEASE = 3.0
-ASKED = CreateRecovery(student=ModelRef(source="student"), teacher=ModelRef(source="teacher"))
+HERE = Path(__file__).parent
+LEASE, HOURS = 3.0, 7200.0
+STAGES = 6
+MODELS = {"student": ModelRef(source="student"), "teacher": ModelRef(source="teacher")}
+
+
+@dataclass(frozen=True)
+class Science:
+    """What runners do, and how long that takes."""
+
+    path: tuple[Path, ...]
+    """Folders whose modules come before the real ones."""
+    asked: CreateRecovery
+    jobs: int
+    pause_seconds: float
+    """At most, between two faults."""
+    end_seconds: float
+    stall_seconds: float
+
+
+LIGHT = Science((HERE / "light",), CreateRecovery(**MODELS), 4, 1.0, 240.0, 20.0)
+REAL = Science(
+    path=(),
+    asked=CreateRecovery.model_validate(
+        MODELS
+        | {
+            "generation": {"max_new_tokens": 8},
+            "training": {"steps": 24, "batch_size": 4, "learning_rate": 0.01, "stop_early": False},
+            "evaluation": {
+                "test_sequences": 16,
+                "validation_sequences": 8,
+                "baselines": False,
+                "gate": {"max_regression": 1.0},
+            },
+            "alignment": {"positions": 256},
+        }
+    ),
+    jobs=2,
+    pause_seconds=12.0,
+    end_seconds=900.0,
+    stall_seconds=90.0,
+)
 
 
 def wait_until(true, seconds=60.0, what="it"):
@@ -88,8 +131,8 @@ class Broker:
 class Installation:
     """Sweeper in this process, workers in their own; `stop` ends all that is left."""
 
-    def __init__(self, settings, broker):
-        self.settings, self.broker = settings, broker
+    def __init__(self, settings, broker, science):
+        self.settings, self.broker, self.science = settings, broker, science
         self.ledger = open_ledger(settings)
         self.publish = celery_publisher(celery_app(broker.url))
         self.sweeper = Sweeper(self.ledger, self.publish, settings)
@@ -99,8 +142,9 @@ class Installation:
 
     def start_worker(self, **environment):
         inherited = os.environ | self.settings.environment() | environment
-        path = os.pathsep.join([str(LIGHT), *filter(None, sys.path)])
-        inherited |= {"RECOUP_BROKER_URL": self.broker.url, "PYTHONPATH": path}
+        path = [*map(str, (HERE / "crashing", *self.science.path)), *filter(None, sys.path)]
+        inherited |= {"RECOUP_BROKER_URL": self.broker.url, "PYTHONPATH": os.pathsep.join(path)}
+        inherited |= {"OMP_NUM_THREADS": "1"}
         with (self.settings.home / "worker.log").open("ab") as log:
             worker = subprocess.Popen(
                 [sys.executable, "-m", "recoup_server", "worker"],
@@ -113,7 +157,7 @@ class Installation:
         return worker
 
     def submit(self, **changes):
-        job = self.ledger.create(ASKED.model_copy(update=changes), self.settings.queue)
+        job = self.ledger.create(self.science.asked.model_copy(update=changes), self.settings.queue)
         self.jobs.append(job.id)
         return job.id
 
@@ -130,9 +174,9 @@ class Installation:
     def events(self, id, type):
         return [event for event in self.ledger.events(id, 0, 1000).data if event.type == type]
 
-    def wait_for_end(self, ids=None, seconds=240.0):
-        ids = self.jobs if ids is None else ids
-        wait_until(lambda: all(self.state(id) in TERMINAL_STATES for id in ids), seconds, f"{ids} to end")
+    def wait_for_end(self, seconds=None):
+        seconds = seconds or self.science.end_seconds
+        wait_until(lambda: all(self.state(id) in TERMINAL_STATES for id in self.jobs), seconds, "the end")
 
     def stop(self):
         for worker in self.workers:
@@ -148,7 +192,14 @@ class Installation:
 
 
 def violations_in(installation):
-    """What the ledger, the events and the machine show that must not be; empty if all is well."""
+    """What the ledger, the events, the folders and the machine show that must not be; empty if all is well.
+
+    Folders are looked at as they are an hour later, when the collector has been there.
+    """
+    with installation.ledger.engine.begin() as conn:
+        conn.execute(update(jobs).values(finished_at=jobs.c.finished_at - HOURS))
+    for _ in range(len(installation.jobs) // MOST_JOBS + 1):
+        collect(installation.ledger, installation.settings)
     found = []
     for id in installation.jobs:
         found += [f"{id}: {wrong}" for wrong in _violations_of(installation, id)]
@@ -160,7 +211,7 @@ def _violations_of(installation, id):
     events = ledger.events(id, 0, 1000).data
     states = [event.data["state"] for event in events if event.type == "state"]
     stages = Counter(e.data["stage"] for e in events if e.type == "stage" and e.data["status"] == "committed")
-    folder = installation.settings.jobs_dir / id
+    artifacts = installation.settings.home / "artifacts" / id
     checks = {
         f"is not at its end but {job.state}": job.state in TERMINAL_STATES,
         "events have gaps or twins": [event.seq for event in events] == list(range(1, len(events) + 1)),
@@ -170,24 +221,58 @@ def _violations_of(installation, id):
         f"a stage was committed more than once: {stages}": all(number == 1 for number in stages.values()),
         "history and table of stages differ": set(stages) == set(ledger.committed(id)),
         "a runner is left": not running("recoup_worker.runner", id),
-        "a half publication is left": not [*folder.glob("e*/package/.*")] or job.state != "succeeded",
     }
     if job.state == "succeeded":
-        package = installation.settings.stage_folder(ledger.committed(id)["package"])
-        checks["a stage is missing"] = len(stages) == 6
-        checks["the manifest is missing"] = bool(read_manifest(package / ARTIFACTS))
+        kept = {path.name for path in (installation.settings.jobs_dir / id).glob("*")}
+        checks["a draft is left in the artifact store"] = not [*artifacts.rglob(".*")]
+        checks[f"working files are left: {kept}"] = kept <= {"runner.log"}
+        checks["a stage is missing"] = len(stages) == STAGES
+        checks["an artifact is missing or spoilt"] = _sound(installation.settings, ledger.committed(id))
     return [wrong for wrong, well in checks.items() if not well]
+
+
+def left_over(home):
+    """Processes that still belong to the installation of this home; they may take a moment to go."""
+    deadline = time.monotonic() + 10
+    while (found := _of_home(home)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return found
+
+
+def _of_home(home):
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        with contextlib.suppress(psutil.Error):
+            if process.pid != os.getpid() and process.environ().get("RECOUP_HOME") == str(home):
+                found.append(process.info["cmdline"])
+    return found
+
+
+def _sound(settings, committed):
+    """Whether something was published, and all of it is what the manifest says."""
+    published = open_published(open_store(settings), committed["package"])
+    try:
+        contents = [open_artifact(published, file.path).read_bytes() for file in published.artifacts]
+    except CorruptArtifact:
+        return False
+    return contents != []
+
+
+@pytest.fixture
+def science(request):
+    """What runners do: the light science or, where a test asks for it, the real one."""
+    return {"light": LIGHT, "real": REAL}[getattr(request, "param", "light")]
 
 
 @pytest.fixture
 def light():
-    """The folder of what makes an installation light, and crash."""
-    return LIGHT
+    """The folder of what makes an installation light."""
+    return HERE / "light"
 
 
 @pytest.fixture
-def asked():
-    return ASKED
+def asked(science):
+    return science.asked
 
 
 @pytest.fixture
@@ -202,37 +287,21 @@ def violations():
 
 
 @pytest.fixture
-def database(request):
-    """None, which is SQLite, or a PostgreSQL schema whose connections carry its name."""
-    if getattr(request, "param", "sqlite") == "sqlite":
-        yield None
-        return
-    schema = f"recoup_{uuid.uuid4().hex[:12]}"
-    server = create_engine(POSTGRESQL, connect_args={"connect_timeout": 2})
-    try:
-        with server.begin() as conn:
-            conn.execute(text(f"CREATE SCHEMA {schema}"))
-    except OperationalError as error:
-        pytest.skip(f"no PostgreSQL answers at {POSTGRESQL}: {error}")
-    yield f"{POSTGRESQL}?options=-csearch_path%3D{schema}&application_name={schema}"
-    with server.begin() as conn:
-        conn.execute(text(f"DROP SCHEMA {schema} CASCADE"))
-    server.dispose()
-
-
-@pytest.fixture
-def settings(tmp_path, database):
+def settings(request, tmp_path, database, science):
     settings = Settings(
         home=tmp_path / "home",
         database_url=database,
         lease_seconds=LEASE,
         grace_seconds=2,
-        stall_seconds=20,
+        stall_seconds=science.stall_seconds,
         sweep_seconds=0.1,
         republish_seconds=2,
         max_infrastructure_losses=50,
         max_application_failures=10,
     )
+    if science is REAL:
+        request.getfixturevalue("write_tiny_models")(settings.model_roots[0])
+        return settings
     for name in ("student", "teacher"):
         _write_model(settings.model_roots[0] / name)
     return settings
@@ -256,12 +325,26 @@ def broker():
 
 
 @pytest.fixture
-def installation(settings, broker):
-    installation = Installation(settings, broker)
-    yield installation
-    installation.stop()
-    assert violations_in(installation) == []
-    installation.ledger.close()
+def install(broker, science):
+    """`install(settings)`: an installation, which is stopped and searched in the end."""
+    made = []
+
+    def install(settings):
+        made.append(Installation(settings, broker, science))
+        return made[-1]
+
+    yield install
+    for installation in made:
+        installation.stop()
+    for installation in made:
+        assert violations_in(installation) == []
+        assert left_over(installation.settings.home) == []
+        installation.ledger.close()
+
+
+@pytest.fixture
+def installation(install, settings):
+    return install(settings)
 
 
 @pytest.fixture

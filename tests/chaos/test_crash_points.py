@@ -1,7 +1,7 @@
 """A crash just before and just after every commit of a recovery, one recovery a point.
 
 The quick test crashes its own thread of work, at every point. The slow one kills processes of an
-installation (`light/sitecustomize.py`), at points of each kind.
+installation (`crashing/sitecustomize.py`), at points of each kind.
 """
 
 import importlib.util

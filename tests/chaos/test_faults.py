@@ -3,8 +3,12 @@
 Slow are those that `test_seeds.py` draws as well.
 """
 
+import contextlib
 import signal
+import socket
+import threading
 import time
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -142,6 +146,63 @@ def test_a_full_disk_costs_a_try_and_not_the_job(installation, job, runner):
     installation.wait_for_end()
     assert installation.state(job) == "succeeded"
     assert installation.ledger.get(job).failures + installation.ledger.get(job).losses >= 1
+
+
+@pytest.fixture
+def distant(bucket, settings):
+    """The same settings with artifacts in a bucket, behind a wire that can be cut and is cut now."""
+    wire = Wire(urlsplit(bucket["artifacts_endpoint"]).port)
+    yield wire, settings.model_copy(update=bucket | {"artifacts_endpoint": wire.url})
+    wire.cut()
+
+
+class Wire:
+    """A port that passes everything on to another one, while it is joined."""
+
+    def __init__(self, to):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url, self._to, self._listener = f"http://127.0.0.1:{self.port}", to, None
+
+    def join(self):
+        self._listener = socket.create_server(("127.0.0.1", self.port))
+        threading.Thread(target=self._accept, args=[self._listener], daemon=True).start()
+
+    def cut(self):
+        if self._listener is not None:
+            self._listener.shutdown(socket.SHUT_RDWR)
+            self._listener.close()
+
+    def _accept(self, listener):
+        with contextlib.suppress(OSError):
+            while True:
+                near, far = listener.accept()[0], socket.create_connection(("127.0.0.1", self._to))
+                for source, sink in ((near, far), (far, near)):
+                    threading.Thread(target=pump, args=[source, sink], daemon=True).start()
+
+
+def pump(source, sink):
+    with source, contextlib.suppress(OSError):
+        while data := source.recv(65536):
+            sink.sendall(data)
+        sink.shutdown(socket.SHUT_WR)
+
+
+def test_a_bucket_that_is_away_costs_a_try_and_not_the_job(distant, install):
+    wire, settings = distant
+    installation = install(settings)
+    installation.start_worker()
+    job = installation.submit()
+    deadline = time.monotonic() + 60
+    while installation.ledger.get(job).failures == 0:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    wire.join()
+    installation.wait_for_end()
+    assert installation.state(job) == "succeeded"
+    assert "artifacts_unavailable" in str(installation.events(job, "state"))
+    assert not (settings.home / "artifacts").exists()
 
 
 def test_the_grace_leaves_the_device_free_within_thirty_seconds():

@@ -2,8 +2,8 @@
 
     RECOUP_CHAOS_SEED=17 pytest tests/chaos/test_seeds.py -k another
 
-repeats the draws of one seed. What must hold in the end stands in `conftest.violations_in`, which
-every test of this folder is checked against.
+repeats the draws of one seed, with the light science and with the real one. What must hold in the end stands
+in `conftest.violations_in`, which every test of this folder is checked against.
 """
 
 import contextlib
@@ -16,8 +16,14 @@ import psutil
 import pytest
 from sqlalchemy import text
 
-JOBS, FAULTS, WORKERS = 4, 5, 2
-SLOW_SEEDS = range(2, 52)
+from recoup_jobs.artifacts import open_published
+from recoup_jobs.stores import open_store
+
+FAULTS, WORKERS = 5, 2
+SLOW_SEEDS, REAL_SEEDS = range(2, 52), range(100, 105)
+MOST_COMMITS = 60
+"""A runner of a real recovery makes some more."""
+WEIGHTS = "adapter/adapter_model.safetensors"
 
 
 @pytest.fixture
@@ -39,11 +45,12 @@ class Chaos:
         ]
 
     def run(self):
-        for _ in range(JOBS):
+        science = self.installation.science
+        for _ in range(science.jobs):
             self.installation.submit(priority=self.rng.randrange(3))
         self._wait_for_work()
         for fault in self._drawn():
-            time.sleep(self.rng.uniform(0.1, 1.0))
+            time.sleep(self.rng.uniform(0.1, science.pause_seconds))
             fault()
         self.installation.wait_for_end()
         return [self.installation.state(id) for id in self.installation.jobs]
@@ -160,6 +167,58 @@ def test_no_fault_of_two_seeds_shows_in_the_ledger(chaos):
 )
 def test_no_fault_of_fifty_seeds_shows_in_the_ledger(chaos):
     assert set(chaos.run()) == {"succeeded"}
+
+
+REAL = pytest.mark.parametrize("science", ["real"], indirect=True)
+
+
+@pytest.fixture
+def real_chaos(chaos, tmp_path):
+    """With a third worker, a runner of which dies at one of its commits."""
+    when, number = chaos.rng.choice(["before", "after"]), chaos.rng.randrange(1, MOST_COMMITS)
+    chaos.installation.start_worker(RECOUP_CRASH_AT=f"runner:{when}:{number}:{tmp_path / 'crashed'}")
+    return chaos
+
+
+@REAL
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize(
+    ("rng", "database"),
+    [(seed, ("sqlite", "postgresql")[seed % 2]) for seed in REAL_SEEDS],
+    indirect=True,
+    ids=[*map(str, REAL_SEEDS)],
+)
+def test_no_fault_of_five_seeds_shows_in_a_real_recovery(real_chaos, published):
+    assert set(real_chaos.run()) == {"succeeded"}
+    assert_published_alike(published())
+
+
+@REAL
+@pytest.mark.timeout(1500)
+@pytest.mark.skipif("RECOUP_CHAOS_SEED" not in os.environ, reason="RECOUP_CHAOS_SEED names no seed")
+def test_no_fault_of_another_seed_shows_in_a_real_recovery(real_chaos, published):
+    assert set(real_chaos.run()) == {"succeeded"}
+    assert_published_alike(published())
+
+
+@pytest.fixture
+def published(installation):
+    """What each job published, by path, as sha256."""
+
+    def of(id):
+        store, place = open_store(installation.settings), installation.ledger.committed(id)["package"]
+        return {file.path: file.sha256 for file in open_published(store, place).artifacts}
+
+    return lambda: [of(id) for id in installation.jobs]
+
+
+def assert_published_alike(found):
+    """Whatever happened to it, a job ends in the files of one to which nothing happened."""
+    assert {"report.json", "report.html", "alignment.json", "rewrites.jsonl", WEIGHTS} <= set(found[0])
+    assert [set(files) for files in found] == [set(found[0])] * len(found)
+    for path in (WEIGHTS, "rewrites.jsonl", "alignment.csv"):
+        assert len({files[path] for files in found}) == 1, path
 
 
 @pytest.mark.skipif("RECOUP_CHAOS_SEED" not in os.environ, reason="RECOUP_CHAOS_SEED names no seed")

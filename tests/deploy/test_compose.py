@@ -1,9 +1,10 @@
 """docker-compose.yml by its schema and by our own rules: no container engine is needed, none is used."""
 
 import re
-import tomllib
+import shutil
+import subprocess
 from ipaddress import ip_address
-from pathlib import Path
+from itertools import pairwise
 
 import pytest
 import yaml
@@ -11,24 +12,33 @@ from compose_spec import PyCompose
 
 from recoup_jobs.settings import PREFIX, Settings
 
-ROOT = Path(__file__).parents[2]
-VARIABLE = re.compile(r"(?<!\$)\$\{(?P<name>\w+):(?P<kind>[-?])(?P<rest>[^}]*)\}")
+VARIABLE = re.compile(r"(?<!\$)\$\{(?P<name>\w+)(?P<kind>:[-?])(?P<rest>[^}]*)\}")
 EXACT_VERSION = re.compile(r"[a-z0-9./-]+:v?\d+\.\d+(\.\d+)?(-[a-z0-9.-]+)?")
-SECRETS = {"RECOUP_API_KEY": "a-key", "POSTGRES_PASSWORD": "p-word", "VALKEY_PASSWORD": "v-word"}
-REQUIRED = SECRETS | {"MODELS": "/srv/models", "TEACHER": "teacher"}
+REQUIRED = {"MODELS": "/srv/models", "TEACHER": "teacher"}
+OURS = {"migrate", "api", "worker", "worker-single", "worker-cpu"}
+WORKERS = {"worker", "worker-single", "worker-cpu"}
+TOGETHER = (
+    {"gpu"},
+    {"gpu", "gpu-replica", "observability"},
+    {"gpu-single"},
+    {"gpu-single", "observability"},
+    {"cpu"},
+    {"cpu", "observability"},
+)
+"""Profiles that make sense together."""
 
 
-@pytest.fixture
-def text():
-    return (ROOT / "docker-compose.yml").read_text()
+@pytest.fixture(scope="session")
+def text(root):
+    return (root / "docker-compose.yml").read_text()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def compose(text):
     """The file as Compose sees it where the required variables are set and the others are not."""
 
     def value(found):
-        return REQUIRED[found["name"]] if found["kind"] == "?" else found["rest"]
+        return REQUIRED[found["name"]] if found["kind"] == ":?" else found["rest"]
 
     return yaml.safe_load(VARIABLE.sub(value, text))
 
@@ -39,22 +49,26 @@ def services(compose):
 
 
 @pytest.fixture
-def dockerfiles(services):
-    builds = {name: service["build"] for name, service in services.items() if "build" in service}
-    return {name: (ROOT / build["dockerfile"]).read_text() for name, build in builds.items()}
+def lasting(services):
+    """All but the one that does its work and ends."""
+    return {name: service for name, service in services.items() if name != "migrate"}
 
 
 @pytest.fixture
-def variables(services):
-    """The RECOUP_… variables that each service is given."""
-    return {
-        name: {key: value for key, value in service["environment"].items() if key.startswith(PREFIX)}
-        for name, service in services.items()
-    }
+def environments(services):
+    return {name: service.get("environment", {}) for name, service in services.items()}
 
 
 def check_schema(compose):
     PyCompose.from_yaml(yaml.safe_dump(compose)).validate()
+
+
+def running(services, profiles):
+    return {
+        name: service
+        for name, service in services.items()
+        if not service.get("profiles") or profiles & {*service["profiles"]}
+    }
 
 
 def test_the_file_follows_the_compose_specification(compose):
@@ -65,9 +79,40 @@ def test_the_file_follows_the_compose_specification(compose):
 
 @pytest.mark.parametrize("mistake", [{"restrat": "always"}, {"networks": ["nowhere"]}])
 def test_the_schema_finds_a_mistake(compose, mistake):
-    compose["services"]["api"].update(mistake)
+    wrong = yaml.safe_load(yaml.safe_dump(compose))
+    wrong["services"]["api"].update(mistake)
     with pytest.raises(ValueError, match=r"restrat|nowhere"):
-        check_schema(compose)
+        check_schema(wrong)
+
+
+def test_every_service_is_unprivileged_on_a_read_only_root(services):
+    for name, service in services.items():
+        assert re.fullmatch(r"\d+:\d+", service["user"]), name
+        assert not service["user"].startswith("0:"), name
+        assert service["read_only"] is True, name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert service["init"] is True, name
+        assert not {"privileged", "cap_add", "pid", "ipc", "devices", "network_mode"} & service.keys(), name
+
+
+def test_every_service_that_lasts_is_watched_and_started_again(lasting):
+    for name, service in lasting.items():
+        assert service["healthcheck"]["test"], name
+        assert service["healthcheck"]["start_period"], name
+        assert service["restart"] == "unless-stopped", name
+
+
+def test_what_ends_is_waited_for_by_those_who_need_it(services):
+    assert services["migrate"]["restart"] == "on-failure"
+    for name in {"api"} | WORKERS:
+        needs = services[name]["depends_on"]
+        assert needs["migrate"]["condition"] == "service_completed_successfully", name
+        assert needs["valkey"]["condition"] == "service_healthy", name
+
+
+def test_logs_do_not_fill_the_disk(services):
+    assert all(service["logging"]["options"]["max-size"] for service in services.values())
 
 
 def test_only_the_api_is_published_and_only_on_loopback(services):
@@ -80,101 +125,159 @@ def test_only_the_api_reaches_beyond_the_internal_network(compose, services):
     internal = {name for name, network in compose["networks"].items() if (network or {}).get("internal")}
     beyond = {name for name, service in services.items() if not internal.issuperset(service["networks"])}
     assert beyond == {"api"}
-    assert not any("network_mode" in service for service in services.values())
-
-
-def test_every_service_is_watched_and_started_again(services):
-    assert all(service["healthcheck"]["test"] for service in services.values())
-    assert {service["restart"] for service in services.values()} == {"unless-stopped"}
 
 
 def test_every_image_is_built_here_or_has_an_exact_version(services, dockerfiles):
-    images = [service["image"] for name, service in services.items() if name not in dockerfiles]
-    bases = re.findall(r"^FROM (\S+)", "\n".join(dockerfiles.values()), re.MULTILINE)
+    images = {service["image"] for service in services.values() if "build" not in service}
+    bases = re.findall(r"^FROM (\S+:\S+)", "\n".join(dockerfiles.values()), re.MULTILINE)
     assert bases
     assert [image for image in [*images, *bases] if not EXACT_VERSION.fullmatch(image)] == []
 
 
-def test_no_two_services_share_a_gpu(services):
-    wanted = [service["deploy"]["resources"] for service in services.values() if "deploy" in service]
-    devices = [device for resources in wanted for device in resources["reservations"]["devices"]]
+@pytest.mark.parametrize("profiles", TOGETHER)
+def test_no_two_services_that_run_together_share_a_gpu(services, profiles):
+    wanted = [service["deploy"] for service in running(services, profiles).values() if "deploy" in service]
+    devices = [device for deploy in wanted for device in deploy["resources"]["reservations"]["devices"]]
     gpus = [gpu for device in devices for gpu in device["device_ids"]]
-    assert len(gpus) == 2
     assert len(set(gpus)) == len(gpus)
+    assert bool(gpus) == ("cpu" not in profiles)
 
 
-def test_every_recoup_variable_is_a_setting(variables):
+@pytest.mark.parametrize("profiles", TOGETHER)
+def test_a_choice_of_profiles_has_one_worker_and_all_that_it_needs(services, profiles):
+    found = running(services, profiles)
+    assert len(found.keys() & WORKERS) == 1
+    for service in found.values():
+        assert service.get("depends_on", {}).keys() <= found.keys()
+
+
+@pytest.mark.parametrize("worker", sorted(WORKERS))
+def test_a_worker_asks_a_teacher_that_runs_with_it(services, environments, worker):
+    named = re.findall(r"http://([\w-]+):8000", environments[worker]["RECOUP_VLLM_URLS"])
+    assert set(named) <= services[worker]["depends_on"].keys()
+    assert bool(named) == (worker != "worker-single")
+
+
+def test_every_variable_of_ours_is_a_setting(environments):
     known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
-    assert {key for given in variables.values() for key in given} <= known
+    given = {key for values in environments.values() for key in values if key.startswith(PREFIX)}
+    assert given <= known
+    others = environments.keys() - OURS
+    assert all(not key.startswith(PREFIX) for name in others for key in environments[name])
 
 
-@pytest.mark.parametrize("service", ["api", "worker"])
-def test_the_settings_can_be_read(variables, service, monkeypatch):
-    for key, value in variables[service].items():
+@pytest.fixture
+def secrets(compose, root, tmp_path):
+    """What deploy/secrets.sh makes, by name."""
+    script = tmp_path / "deploy/secrets.sh"
+    script.parent.mkdir()
+    script.write_text((root / "deploy/secrets.sh").read_text())
+    subprocess.run(["bash", script], check=True, capture_output=True)
+    made = {path.name: path for path in (tmp_path / "deploy/secrets").iterdir()}
+    subprocess.run(["bash", script], check=True, capture_output=True)  # again: nothing changes
+    return made
+
+
+def test_every_secret_is_a_file_that_the_script_makes(compose, secrets):
+    named = {name: secret["file"] for name, secret in compose["secrets"].items()}
+    assert named == {name: f"deploy/secrets/{name}" for name in secrets}
+    for path in secrets.values():
+        assert len(path.read_text().strip()) >= 32
+        assert path.stat().st_mode & 0o777 == 0o444
+    assert secrets["valkey_acl"].parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_no_password_stands_in_the_file_or_in_an_environment(text, environments, secrets):
+    for values in environments.values():
+        for key in values:
+            assert not re.search(r"PASSWORD|_KEY|TOKEN", key) or key.endswith("FILE")
+    assert not any(path.read_text().strip() in text for path in secrets.values())
+
+
+@pytest.mark.parametrize("service", sorted(OURS))
+def test_a_service_reads_its_settings_from_variables_and_secrets(
+    services, environments, secrets, service, monkeypatch, tmp_path
+):
+    mounted = tmp_path / "run"
+    mounted.mkdir()
+    for name in services[service]["secrets"]:
+        shutil.copy(secrets[name], mounted)
+    for key, value in environments[service].items():
         monkeypatch.setenv(key, value)
+    monkeypatch.setenv("RECOUP_SECRETS_DIR", str(mounted))
     settings = Settings()
-    assert settings.database_url == "postgresql+psycopg://recoup:p-word@postgres:5432/recoup"
-    assert settings.broker_url == "redis://:v-word@valkey:6379/0"
+    password = secrets["postgres_password"].read_text()
+    assert settings.database_url == f"postgresql+psycopg://recoup:{password}@postgres:5432/recoup"
+    assert (settings.broker_url or "").endswith("@valkey:6379/0") == (service != "migrate")
+    assert (settings.api_key is not None) == (service == "api")
+    assert settings.log_format == "json"
+    assert (settings.metrics_listen is not None) == (service in WORKERS)
 
 
-def test_api_and_worker_differ_in_the_key_and_the_teacher_alone(variables):
-    differing = dict(variables["api"].items() ^ variables["worker"].items())
-    assert differing.keys() == {"RECOUP_API_KEY", "RECOUP_VLLM_URLS"}
+def test_the_brokers_user_may_do_what_the_queue_needs_and_no_more(secrets):
+    default, ours = secrets["valkey_acl"].read_text().splitlines()
+    assert default == "user default off"
+    words = ours.split()
+    assert words[:3] == ["user", "recoup", "on"]
+    assert "~recoup:*" in words and "~*" not in words
+    assert {"-@admin", "-@dangerous"} <= {*words}
 
 
-def test_api_and_worker_share_the_home_and_only_read_the_models(services):
-    for name in ("api", "worker"):
-        settings = services[name]["environment"]
-        assert f"home:{settings['RECOUP_HOME']}" in services[name]["volumes"]
-        assert f"/srv/models:{settings['RECOUP_MODEL_ROOTS']}:ro" in services[name]["volumes"]
-
-
-def test_secrets_are_required_and_come_from_outside(text):
-    required = {found["name"] for found in VARIABLE.finditer(text) if found["kind"] == "?"}
-    assert required == REQUIRED.keys()
-    written = re.findall(r"(?:PASSWORD: |API_KEY: |requirepass |://\w*:(?=.*@))(\S)", text)
-    assert set(written) == {"$"}
-
-
-def test_the_example_environment_names_every_variable_and_no_secret(text):
-    lines = (ROOT / ".env.example").read_text().splitlines()
-    example = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
-    assert example.keys() == {found["name"] for found in VARIABLE.finditer(text)}
-    assert {example[name] for name in SECRETS} == {""}
+def test_api_and_workers_share_the_home_and_only_read_the_models(services, environments):
+    for name in {"api"} | WORKERS:
+        assert f"home:{environments[name]['RECOUP_HOME']}" in services[name]["volumes"]
+        assert f"/srv/models:{environments[name]['RECOUP_MODEL_ROOTS']}:ro" in services[name]["volumes"]
 
 
 def test_a_runner_has_its_grace_before_the_worker_is_killed(services):
-    minutes = re.fullmatch(r"(\d+)m", services["worker"]["stop_grace_period"])
-    assert int(minutes[1]) * 60 > 2 * Settings.model_fields["grace_seconds"].default
+    for name in WORKERS:
+        minutes = re.fullmatch(r"(\d+)m", services[name]["stop_grace_period"])
+        assert int(minutes[1]) * 60 > 2 * Settings.model_fields["grace_seconds"].default
 
 
-def test_our_images_run_unprivileged_on_a_read_only_root(services, dockerfiles):
-    assert dockerfiles.keys() == {"api", "worker"}
-    for name, dockerfile in dockerfiles.items():
-        assert re.findall(r"^USER (\S+)", dockerfile, re.MULTILINE) == ["10001:10001"]
-        assert services[name]["read_only"]
-        assert services[name]["cap_drop"] == ["ALL"]
+def test_prometheus_asks_names_and_ports_that_exist(services, root):
+    config = yaml.safe_load((root / "deploy/prometheus/prometheus.yml").read_text())
+    aliases = set()
+    for name, service in services.items():
+        networks = service["networks"]
+        aliases |= {name} | ({*networks["inside"]["aliases"]} if isinstance(networks, dict) else set())
+    for job in config["scrape_configs"]:
+        hosts = [name for found in job.get("dns_sd_configs", []) for name in found["names"]]
+        hosts += [t.split(":")[0] for found in job.get("static_configs", []) for t in found["targets"]]
+        assert hosts and {*hosts} <= aliases
 
 
-def test_the_images_install_extras_that_exist_and_the_api_no_torch(dockerfiles):
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = {
-        name: set(re.search(r"pip install .*'\.\[([\w,]+)\]'", text)[1].split(","))
-        for name, text in dockerfiles.items()
-    }
-    assert extras == {"api": {"postgres"}, "worker": {"postgres", "worker"}}
-    assert extras["worker"] <= project["optional-dependencies"].keys()
+@pytest.fixture
+def example(root):
+    """.env.example: name -> (value, whether it is only shown)."""
+    lines = re.findall(r"^(# )?([A-Z_]+)=(.*)$", (root / ".env.example").read_text(), re.MULTILINE)
+    assert len({name for _, name, _ in lines}) == len(lines)
+    return {name: (value, bool(shown)) for shown, name, value in lines}
 
 
-def test_what_the_images_copy_is_in_the_repository_and_not_ignored(dockerfiles):
-    ignored = (ROOT / ".dockerignore").read_text().splitlines()
-    for dockerfile in dockerfiles.values():
-        for line in re.findall(r"^COPY (?!--from)(.+)$", dockerfile, re.MULTILINE):
-            for source in line.split()[:-1]:
-                assert (ROOT / source).exists()
-                assert f"!{source}" in ignored
+def test_the_example_environment_names_every_variable_and_every_setting(text, example):
+    settings = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
+    variables = {found["name"] for found in VARIABLE.finditer(text)} | {"COMPOSE_PROFILES"}
+    assert example.keys() == settings | variables
+    assert {name for name, (_, shown) in example.items() if not shown} == {"COMPOSE_PROFILES", *REQUIRED}
 
 
-def test_vllm_is_the_same_release_with_and_without_a_container(services):
-    pinned = re.search(r"^vllm==(\S+)$", (ROOT / "deploy/vllm/requirements.txt").read_text(), re.MULTILINE)
+def test_the_example_shows_the_real_defaults(example, monkeypatch):
+    default = Settings()
+    for name in Settings.model_fields:
+        shown, _ = example[f"{PREFIX}{name.upper()}"]
+        monkeypatch.setenv(f"{PREFIX}{name.upper()}", shown)
+    assert Settings() == default
+
+
+def test_every_line_of_the_example_is_explained(root):
+    blocks = (root / ".env.example").read_text().split("\n")
+    for above, line in pairwise(blocks):
+        if re.match(r"(# )?[A-Z_]+=", line):
+            assert above.startswith("# "), line
+
+
+def test_vllm_is_the_same_release_with_and_without_a_container(services, root):
+    pinned = re.search(r"^vllm==(\S+)$", (root / "deploy/vllm/requirements.txt").read_text(), re.MULTILINE)
     assert services["vllm"]["image"] == f"vllm/vllm-openai:v{pinned[1]}"
+    assert services["vllm-replica"]["image"] == services["vllm"]["image"]

@@ -5,15 +5,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers.models import WordLevel
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from recoup import Client
 from recoup_jobs.settings import Settings
 from recoup_server.embedded import running
 
 WORDS = [f"w{number}" for number in range(120)]
+"""What the tiny models know."""
 KINDS = ("add", "name", "sort", "find", "tell")
 
 
@@ -29,37 +27,9 @@ def client(settings: Settings, free_port: int) -> Iterator[Client]:
 
 
 @pytest.fixture(scope="session")
-def models(settings: Settings) -> Path:
-    """The folder of a random teacher of two layers, `teacher`, and a noisy copy, `student`."""
-    root = settings.model_roots[0]
-    root.mkdir(parents=True, exist_ok=True)
-    special = ["<pad>", "</s>", "<unk>"]
-    words = Tokenizer(WordLevel({word: at for at, word in enumerate([*special, *WORDS])}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
-    config = LlamaConfig(
-        vocab_size=len(special) + len(WORDS),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        pad_token_id=0,
-        eos_token_id=1,
-    )
-    set_seed(0)
-    teacher = LlamaForCausalLM(config)
-    for weight in teacher.parameters():
-        weight.data.mul_(4.0)
-    teacher.save_pretrained(root / "teacher")
-    for weight in teacher.parameters():
-        weight.data.add_(weight.data.std() * 0.4 * weight.data.new_empty(weight.shape).normal_())
-    teacher.save_pretrained(root / "student")
-    for name in ("teacher", "student"):
-        tokenizer.save_pretrained(root / name)
-    return root
+def models(settings: Settings, write_tiny_models: Callable[[Path], Path]) -> Path:
+    """The folder of two tiny models, `teacher` and `student`."""
+    return write_tiny_models(settings.model_roots[0])
 
 
 @pytest.fixture

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from recoup.schemas import CreateRecovery, Report
-from recoup_jobs.artifacts import ARTIFACTS, read_manifest
+from recoup_jobs.artifacts import Published, open_artifact, open_published
 from recoup_jobs.claims import Claim
 from recoup_jobs.ledger import Ledger, open_ledger
 from recoup_jobs.settings import Settings
+from recoup_jobs.stores import open_store
 from recoup_worker import exits
 from recoup_worker.supervisor import start_runner
 
@@ -70,13 +71,16 @@ class Job:
         return [data["step"] for data in self._told(epoch, "train")]
 
     @property
-    def artifacts(self) -> Path:
-        return self.settings.stage_folder(self.ledger.committed(self.id)["package"]) / ARTIFACTS
+    def published(self) -> Published:
+        return open_published(open_store(self.settings), self.ledger.committed(self.id)["package"])
+
+    def artifact(self, path: str) -> bytes:
+        return open_artifact(self.published, path).read_bytes()
 
     @property
     def training(self) -> dict[str, Any]:
         """All that the report says of the training, times aside."""
-        report = Report.model_validate_json((self.artifacts / "report.json").read_text())
+        report = Report.model_validate_json(self.artifact("report.json"))
         assert report.training is not None
         return report.training.model_dump(exclude={"phases": {"__all__": {"seconds"}}})
 
@@ -131,14 +135,14 @@ def test_a_stopped_and_a_killed_runner_and_their_successor_end_in_the_bits_of_on
     assert last[-1] == STEPS
     assert ended.training == undisturbed.training
     weights = "adapter/adapter_model.safetensors"
-    assert (ended.artifacts / weights).read_bytes() == (undisturbed.artifacts / weights).read_bytes()
+    assert ended.artifact(weights) == undisturbed.artifact(weights)
 
 
 def test_a_cancelled_recovery_hands_its_best_checkpoint_over(job: Callable[[], Job]) -> None:
     cancelled = job()
     assert cancelled.interrupt(signal.SIGTERM, cancel=True) == exits.STOPPED
     assert cancelled.ledger.get(cancelled.id).state == "cancelled"
-    names = {artifact.path for artifact in read_manifest(cancelled.artifacts)}
+    names = {artifact.path for artifact in cancelled.published.artifacts}
     assert names == {"checkpoint/adapter_config.json", "checkpoint/adapter_model.safetensors"}
-    config = json.loads((cancelled.artifacts / "checkpoint" / "adapter_config.json").read_text())
+    config = json.loads(cancelled.artifact("checkpoint/adapter_config.json"))
     assert config["base_model_name_or_path"] == "student"

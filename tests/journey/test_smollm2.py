@@ -1,6 +1,6 @@
 """The main job on a real model: SmolLM2-135M, tuned narrowly until it forgets, and given its ability back.
 
-Small enough for every run of the suite; the demo and `docs/02-results.md` have the real figures.
+The demo and `docs/02-results.md` have the real figures.
 """
 
 from importlib.metadata import PackageNotFoundError, distribution
@@ -33,6 +33,7 @@ def healthy(settings: Settings) -> Path:
     return folder
 
 
+@pytest.mark.slow  # some five minutes of two cores
 @pytest.mark.timeout(1500)
 def test_a_model_that_forgot_gets_its_ability_back(client: Client, healthy: Path, tmp_path: Path) -> None:
     injure.finetune(healthy, healthy.with_name("forgetful"), steps=8)

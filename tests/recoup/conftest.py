@@ -116,6 +116,8 @@ class FakeService:
         self.sent_instead: dict[str, bytes] = {}
         self.diagnoses: deque[tuple[int, bytes]] = deque()
         """Status and body of each answer below `/v1/diagnoses`, in turn."""
+        self.deployments: deque[tuple[int, bytes]] = deque()
+        """Likewise of `/v1/deployments` and `/v1/chat`."""
         self.key: str | None = None
         self.dry_run = DRY_RUN
         self.faults: deque[Fault | None] = deque()
@@ -172,6 +174,8 @@ class FakeService:
             "files": self._files,
             "capabilities": self._capabilities,
             "diagnoses": lambda request, *rest: self.diagnoses.popleft(),
+            "deployments": lambda request, *rest: self.deployments.popleft(),
+            "chat": lambda request, *rest: self.deployments.popleft(),
         }
         return routes[kind](request, *rest)
 

@@ -20,11 +20,16 @@ def methods(thing: object, prefix: str = "") -> dict[str, inspect.Signature]:
     found = {}
     for name in (name for name in dir(thing) if not name.startswith("_") and hasattr(thing, name)):
         value = getattr(thing, name)
-        if name in {"diagnoses", "files", "recoveries"}:
+        if name in {"deployments", "diagnoses", "files", "recoveries"}:
             found |= methods(value, f"{prefix}{name}.")
         elif callable(value):
             found[prefix + name] = inspect.signature(value)
     return found
+
+
+def things(client: Client) -> list[object]:
+    """A client and its resources."""
+    return [client, client.recoveries, client.diagnoses, client.deployments, client.files]
 
 
 @pytest.fixture
@@ -48,7 +53,7 @@ def test_raw_twins_have_the_methods_of_one_call(twins):
     one, other = (methods(client.with_raw_response) for client in twins)
     assert one == other
     several = {f"{kind}.{name}" for kind in ("recoveries", "diagnoses") for name in ("wait", "events")}
-    several |= {"recoveries.download"}
+    several |= {"recoveries.download", "deployments.wait"}
     assert methods(twins[0]).keys() - one.keys() == several | {"close", "with_options"}
 
 
@@ -61,7 +66,7 @@ def test_every_description_is_a_method(twins):
     }
     bound = {
         value.__wrapped__.__name__
-        for thing in (twins[0], twins[0].recoveries, twins[0].diagnoses, twins[0].files)
+        for thing in things(twins[0])
         for name in dir(thing)
         if not name.startswith("_") and hasattr(value := getattr(thing, name), "__wrapped__")
     }
@@ -69,7 +74,7 @@ def test_every_description_is_a_method(twins):
 
 
 def test_every_method_says_what_it_does(twins):
-    for thing in (twins[0], twins[0].recoveries, twins[0].diagnoses, twins[0].files):
+    for thing in things(twins[0]):
         for name in dir(thing):
             assert name.startswith("_") or inspect.getdoc(getattr(thing, name)), name
 
@@ -103,7 +108,7 @@ def test_an_async_client_waits_for_many_jobs_at_once(service):
 TYPED = """
 from collections.abc import AsyncIterator, Iterator
 from typing import assert_type
-from recoup import AsyncClient, Client, Diagnosis, Event, File, RawResponse, Recovery
+from recoup import AsyncClient, Client, Deployment, Diagnosis, Event, File, RawResponse, Recovery
 
 def one(client: Client) -> None:
     assert_type(client.recoveries.get("rec_1"), Recovery)
@@ -111,6 +116,7 @@ def one(client: Client) -> None:
     assert_type(client.recoveries.events("rec_1", after=3), Iterator[Event])
     assert_type(client.recoveries.wait("rec_1", timeout=3.0, on_event=print), Recovery)
     assert_type(client.diagnoses.wait("dia_1"), Diagnosis)
+    assert_type(client.deployments.wait("dep_1"), Deployment)
     assert_type(client.files.create("a.jsonl"), File)
     assert_type(client.with_raw_response.recoveries.get("rec_1"), RawResponse[Recovery])
 

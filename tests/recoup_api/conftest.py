@@ -10,12 +10,13 @@ import numpy
 import pytest
 import uvicorn
 from fastapi.testclient import TestClient
-from safetensors.numpy import save_file
+from safetensors.numpy import save, save_file
 
 from recoup_api.app import create_app
-from recoup_jobs.artifacts import ARTIFACTS, publish
+from recoup_jobs.artifacts import publish
 from recoup_jobs.ledger import open_ledger
 from recoup_jobs.settings import Settings
+from recoup_jobs.stores import open_store
 
 REPORT = {
     "object": "recovery.report",
@@ -28,8 +29,14 @@ SCRIPT = 'print("β")\n'
 
 
 @pytest.fixture
-def settings(tmp_path, database):
-    return Settings(home=tmp_path / "home", database_url=database, sweep_seconds=0.02)
+def artifact_store(request):
+    """The settings of where artifacts lie: a folder or, where a test asks for it, a bucket."""
+    return request.getfixturevalue("bucket") if getattr(request, "param", "folder") == "bucket" else {}
+
+
+@pytest.fixture
+def settings(tmp_path, database, artifact_store):
+    return Settings(home=tmp_path / "home", database_url=database, sweep_seconds=0.02, **artifact_store)
 
 
 @pytest.fixture
@@ -106,14 +113,14 @@ def claim(ledger, job):
 
 @pytest.fixture
 def finish(settings, ledger, claim, tmp_path):
-    """Lets the recovery succeed and publish texts, by their paths; returns its id."""
+    """Lets the recovery succeed and publish texts or bytes, by their paths; returns its id."""
 
     def succeed(texts):
         files = {path: tmp_path / str(number) for number, path in enumerate(texts)}
         for path, text in texts.items():
-            files[path].write_text(text, "utf-8")
+            files[path].write_bytes(text if isinstance(text, bytes) else text.encode())
         place = f"{claim.job_id}/e{claim.epoch}/package"
-        publish(settings.stage_folder(place) / ARTIFACTS, files)
+        publish(open_store(settings), place, files)
         ledger.commit_stage(claim, "package", place)
         ledger.succeed(claim, "recovered")
         return claim.job_id
@@ -134,3 +141,40 @@ def finished(finish):
             "adapter/adapter_config.json": "{}",
         }
     )
+
+
+LORA = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": "student"}
+PROBE = {
+    "object": "recovery.probe",
+    "base_sha256": "0" * 64,
+    "rows": [{"ids": [1, 2], "token": 3, "base": -3.0, "recovered": -1.0}],
+}
+
+
+@pytest.fixture
+def deployable(finish):
+    """The id of a recovery that handed over an adapter which can be served."""
+    layer = "base_model.model.model.layers.0.mlp.up_proj"
+    weights = save({f"{layer}.lora_{part}.weight": numpy.ones((4, 4), numpy.float32) for part in "AB"})
+    return finish(
+        {
+            "report.json": json.dumps(REPORT),
+            "probe.json": json.dumps(PROBE),
+            "adapter/adapter_config.json": json.dumps(LORA),
+            "adapter/adapter_model.safetensors": weights,
+        }
+    )
+
+
+@pytest.fixture
+def serving_settings(settings):
+    """With a server that nobody has started."""
+    return settings.model_copy(update={"serve_urls": ["http://127.0.0.1:9"]})
+
+
+@pytest.fixture
+def deploying(serving_settings, ledger):
+    """A client of an installation that has a server to deploy to; nothing is placed there."""
+    app = create_app(serving_settings, ledger, sweep=False)
+    with TestClient(app, base_url="http://127.0.0.1") as client:
+        yield client

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from recoup.schemas import Diagnosis, Problem, Report
-from recoup_jobs.artifacts import ARTIFACTS, publish
+from recoup_jobs.artifacts import publish
+from recoup_jobs.stores import open_store
 
 SAMPLE = Path(__file__).parents[1] / "recoup" / "report.json"
 
@@ -42,7 +43,7 @@ def finished(diagnosis, ledger, settings, tmp_path, report):
     for name, path in files.items():
         path.write_text(contents[name])
     place = f"{claim.job_id}/e1/package"
-    publish(settings.stage_folder(place) / ARTIFACTS, files)
+    publish(open_store(settings), place, files)
     ledger.commit_stage(claim, "package", place)
     ledger.succeed(claim, None)
     return claim.job_id

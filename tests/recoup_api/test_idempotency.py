@@ -24,6 +24,28 @@ def test_the_same_request_is_done_once_and_answered_twice(client, ledger, body):
     assert len(ledger.list(None, 10).data) == 1
 
 
+def test_a_retry_is_done_once_under_its_key_and_each_time_without(client, ledger, job):
+    client.post(f"/v1/recoveries/{job['id']}/cancel")
+    url = f"/v1/recoveries/{job['id']}/retry"
+    first, second = (client.post(url, headers=KEY) for _ in range(2))
+    assert (first.status_code, first.content) == (202, second.content)
+    assert first.headers["location"] == second.headers["location"]
+    assert second.headers["idempotent-replayed"] == "true"
+    assert first.json()["retry_of"] == job["id"]
+    assert client.post(url).json()["id"] != first.json()["id"]
+    assert len(ledger.list(None, 10).data) == 3
+
+
+def test_the_key_of_a_retry_serves_no_other(client, ledger, body):
+    jobs = [client.post("/v1/recoveries", json=body).json()["id"] for _ in range(2)]
+    for id in jobs:
+        client.post(f"/v1/recoveries/{id}/cancel")
+    assert client.post(f"/v1/recoveries/{jobs[0]}/retry", headers=KEY).status_code == 202
+    refused = client.post(f"/v1/recoveries/{jobs[1]}/retry", headers=KEY)
+    assert (refused.status_code, refused.json()["code"]) == (422, "idempotency_key_reused")
+    assert len(ledger.list(None, 10).data) == 3
+
+
 @pytest.mark.parametrize("change", [{"seed": 1}, {"metadata": {"k": "v"}}])
 def test_another_request_under_the_key_is_refused(client, ledger, body, change):
     client.post("/v1/recoveries", json=body, headers=KEY)

@@ -45,6 +45,11 @@ def test_a_sweeper_that_died_makes_the_service_unready(settings, ledger, monkeyp
     assert client.get("/readyz").json()["code"] == "sweeper_stopped"
 
 
+def test_a_reconciler_that_died_makes_the_service_unready(serving_settings, ledger):
+    client = TestClient(create_app(serving_settings, ledger), base_url="http://127.0.0.1")  # never entered
+    assert client.get("/readyz").json()["code"] == "reconciler_stopped"
+
+
 def test_the_documentation_describes_the_body_of_a_recovery(client):
     post = client.get("/openapi.json").json()["paths"]["/v1/recoveries"]["post"]
     schema = post["requestBody"]["content"]["application/json"]["schema"]

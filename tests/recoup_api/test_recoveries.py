@@ -166,6 +166,15 @@ def test_a_part_of_an_artifact_can_be_asked_for(client, finished):
     assert (part.status_code, part.content) == (206, b"doctype")
 
 
+@pytest.mark.parametrize("artifact_store", ["bucket"], indirect=True)
+def test_a_store_of_artifacts_that_is_away_is_told_as_such(client, finished, settings):
+    away = settings.model_copy(update={"artifacts_endpoint": "http://127.0.0.1:9"})
+    client.app.state.settings = away
+    answer = client.get(f"/v1/recoveries/{finished}/artifacts/report.html")
+    assert (answer.status_code, answer.json()["code"]) == (503, "artifacts_unavailable")
+    assert "127.0.0.1" not in answer.json()["detail"]
+
+
 @pytest.mark.parametrize(
     "path", ["manifest.json", "..%2f..%2f..%2fledger.db", "%2fetc%2fpasswd", "adapter", "x%00.json"]
 )

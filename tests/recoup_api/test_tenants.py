@@ -7,7 +7,9 @@ import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import update
 
+from recoup.schemas import Launch, Lineage
 from recoup_api.app import create_app
+from recoup_jobs.deployments import Deployments, NewDeployment, new_id
 from recoup_jobs.keys import SCOPES, NewKey, create_key, list_keys, revoke_key
 from recoup_jobs.tables import api_keys
 
@@ -30,7 +32,8 @@ def holder(app, ledger):
     return client
 
 
-NOT_FOUND = {f"{kind}_not_found" for kind in ("recovery", "diagnosis", "file", "webhook")}
+KINDS = ("recovery", "diagnosis", "file", "webhook", "deployment", "model")
+NOT_FOUND = {f"{kind}_not_found" for kind in KINDS}
 
 
 def upload(client):
@@ -54,6 +57,9 @@ def test_what_a_tenant_has_is_unknown_to_another(app, ledger, holder, body):
     models = {name: body[name] for name in ("student", "teacher")}
     ids["diagnoses"] = ours.post("/v1/diagnoses", json=models).json()["id"]
     ids["webhooks"] = ours.post("/v1/webhooks", json={"url": "https://93.184.216.34/"}).json()["id"]
+    lineage = Lineage(recovery=ids["recoveries"], student="s", teacher="t", outcome="recovered")
+    new = NewDeployment(new_id(), "ours", "m", "adapter", lineage, Launch(arguments=[], environment={}))
+    ids["deployments"], ids["models"] = Deployments(ledger, []).add(new, 1).id, new.name
     ledger.claim("worker", ["gpu.cpu"], 30)
     before = ours.get(f"/v1/recoveries/{ids['recoveries']}").json()
     for method, path in addresses(app, ids):
@@ -98,6 +104,8 @@ def test_a_cursor_of_another_tenant_is_refused(holder):
         ("jobs:write", "POST", "/v1/recoveries"),
         ("files:read", "GET", "/v1/files"),
         ("files:write", "DELETE", "/v1/files/file-0"),
+        ("models:read", "GET", "/v1/deployments"),
+        ("models:write", "POST", "/v1/deployments"),
     ],
 )
 def test_a_key_without_the_scope_is_told_which(holder, scope, method, path):

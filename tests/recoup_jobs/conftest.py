@@ -9,6 +9,7 @@ from safetensors.numpy import save_file
 from recoup.schemas import CreateRecovery, ModelRef
 from recoup_jobs.ledger import open_ledger
 from recoup_jobs.settings import Settings
+from recoup_jobs.stores import open_store
 
 VOCABULARY = {"a": 0, "b": 1, "c": 2}
 
@@ -23,6 +24,14 @@ def ledger(settings):
     ledger = open_ledger(settings)
     yield ledger
     ledger.close()
+
+
+@pytest.fixture
+def store(request, settings):
+    """An artifact store: a folder or, where a test asks for it, a bucket."""
+    if request.param == "folder":
+        return open_store(settings)
+    return open_store(settings.model_copy(update=request.getfixturevalue("bucket")))
 
 
 @pytest.fixture

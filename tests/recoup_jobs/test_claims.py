@@ -81,6 +81,49 @@ def test_the_most_urgent_job_is_claimed_first_then_the_oldest(ledger, asked):
     assert [ledger.claim("worker", CPU, 30).job_id for _ in range(3)] == [best, first, second]
 
 
+@pytest.fixture
+def submit(ledger, asked):
+    """`submit("a", "a", "b")`: a job for each of these tenants, in this order."""
+    return lambda *tenants, queue="gpu.cpu", **changes: [
+        ledger.create(asked.model_copy(update=changes), queue, tenant).id for tenant in tenants
+    ]
+
+
+def claimed(ledger, jobs, count):
+    """Which of the jobs are claimed one after the other, by their places in the list."""
+    return [jobs.index(ledger.claim("worker", CPU, 30).job_id) for _ in range(count)]
+
+
+def test_a_tenant_with_many_jobs_does_not_keep_the_others_waiting(ledger, submit):
+    jobs = submit("a", "a", "a", "b", "b", "c")
+    assert claimed(ledger, jobs, 6) == [0, 3, 5, 1, 4, 2]
+
+
+def test_a_share_counts_what_runs_and_not_what_ran(ledger, submit):
+    jobs = submit("a", "a", "a", "b", "b")
+    first, second = (ledger.claim("worker", CPU, 30) for _ in range(2))
+    assert [first.job_id, second.job_id] == [jobs[0], jobs[3]]
+    ledger.succeed(first, "recovered")
+    assert claimed(ledger, jobs, 3) == [1, 2, 4]
+
+
+def test_priority_comes_before_a_fair_share(ledger, submit):
+    jobs = submit("a", "b") + submit("a", "a", priority=1)
+    assert claimed(ledger, jobs, 4) == [2, 3, 1, 0]
+
+
+def test_a_share_is_one_of_the_same_class_of_machine(ledger, submit):
+    submit("a", "a", queue="gpu.1x80g")
+    assert ledger.claim("worker", ["gpu.1x80g"], 30) and ledger.claim("worker", ["gpu.1x80g"], 30)
+    assert claimed(ledger, submit("a", "b"), 2) == [0, 1]
+
+
+def test_a_race_between_tenants_gives_each_job_to_one_worker(ledger, submit):
+    jobs = submit(*"aaabbc")
+    claims = race(6, lambda number: ledger.claim(f"worker {number}", CPU, 30))
+    assert sorted(claim.job_id for claim in claims) == sorted(jobs)
+
+
 def test_a_worker_claims_from_its_own_queues_only(ledger, job):
     assert ledger.claim("worker", ["gpu.8x80g"], 30) is None
 

@@ -4,10 +4,11 @@ import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import text
+from alembic.script import ScriptDirectory
+from sqlalchemy import JSON, Boolean, Float, Integer, MetaData, String, insert, select, text
 
 from recoup.schemas import CreateRecovery, ModelRef
-from recoup_jobs.database import connect, migrate, migrations
+from recoup_jobs.database import MIGRATIONS, connect, migrate, migrations
 from recoup_jobs.ledger import Ledger
 from recoup_jobs.tables import metadata
 
@@ -16,6 +17,11 @@ INSERT INTO jobs (id, state, request, priority, queue, epoch, version, last_seq,
                   application_failures, infrastructure_losses, created_at)
 VALUES ('rec_000000000000000000000001', 'running', :request, 0, 'gpu.cpu', 1, 3, 1, 'gone', 5.0, 1, 2, 1.0)
 """
+
+SCRIPTS = ScriptDirectory(str(MIGRATIONS))
+REVISIONS = [script.revision for script in SCRIPTS.walk_revisions()][::-1]
+VALUES = {String: "rec_000000000000000000000001", Boolean: True, Integer: 7, Float: 1.5, JSON: {"a": [1]}}
+"""One of each kind, the same in all tables, so that references hold."""
 
 pytestmark = pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)
 
@@ -52,3 +58,47 @@ def test_an_upgrade_keeps_the_jobs_of_the_first_revision_and_their_history(setti
     assert ledger.claim("worker", ["gpu.cpu"], 30).epoch == 2
     assert ledger.lead("sweeper", "me", 30)
     engine.dispose()
+
+
+@pytest.fixture
+def engine(settings):
+    settings.home.mkdir()
+    engine = connect(str(settings.database_url))
+    yield engine
+    engine.dispose()
+
+
+@pytest.mark.parametrize("revision", REVISIONS)
+def test_an_upgrade_from_any_revision_keeps_every_value_of_every_table(engine, revision):
+    with engine.begin() as conn:
+        command.upgrade(migrations(conn), revision)
+    before = MetaData()
+    before.reflect(engine)
+    with engine.begin() as conn:
+        for table in filled(before):
+            conn.execute(insert(table).values(row_of(table)))
+    migrate(engine)
+    with engine.begin() as conn:
+        for table in filled(before):
+            assert row_of(table) in [row._asdict() for row in conn.execute(select(table))], table.name
+
+
+def test_the_revisions_are_one_line_to_what_the_code_reads(engine):
+    migrate(engine)
+    with engine.connect() as conn:
+        assert MigrationContext.configure(conn).get_current_heads() == (REVISIONS[-1],)
+    assert SCRIPTS.get_heads() == [REVISIONS[-1]]
+
+
+def filled(tables):
+    """Parents before their children."""
+    return [table for table in tables.sorted_tables if table.name != "alembic_version"]
+
+
+def row_of(table):
+    """A row with a value in every column, as long as the column bears."""
+    row = {}
+    for column in table.columns:
+        (value,) = [value for kind, value in VALUES.items() if isinstance(column.type, kind)]
+        row[column.name] = value[: column.type.length] if isinstance(value, str) else value
+    return row

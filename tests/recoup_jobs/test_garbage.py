@@ -2,7 +2,9 @@ import os
 
 import pytest
 
+from recoup_jobs.artifacts import publish
 from recoup_jobs.garbage import collect
+from recoup_jobs.stores import open_store
 from recoup_jobs.tables import jobs
 
 HOURS = 7200.0
@@ -43,6 +45,24 @@ def test_what_a_job_left_beside_its_committed_stages_goes_an_hour_after_its_end(
     collect(ledger, settings)
     assert left(settings, folders) == folders[:1]
     assert (settings.jobs_dir / claim.job_id / "runner.log").exists()
+
+
+def test_of_a_job_that_succeeded_nothing_stays_but_what_it_published(
+    ledger, settings, claim, folders, tmp_path
+):
+    (tmp_path / "report").write_text("{}")
+    store, place = open_store(settings), f"{claim.job_id}/e1/package"
+    for lost in (f"{claim.job_id}/e2/package", place):
+        publish(store, lost, {"report.json": tmp_path / "report"})
+    ledger.commit_stage(claim, "package", place)
+    ledger.succeed(claim, "recovered")
+    age(ledger, HOURS)
+    collect(ledger, settings)
+    assert left(settings, folders) == []
+    assert [name.rsplit("/", 1)[0] for name in store.names(claim.job_id)] == [
+        f"{claim.job_id}/content",
+        place,
+    ]
 
 
 def test_a_job_that_may_go_on_keeps_everything(ledger, settings, claim, folders):

@@ -55,8 +55,10 @@ def test_a_broker_that_is_away_costs_time_but_no_job(ledger, asked, broker, swee
     job = ledger.create(asked, "gpu.cpu")
     assert broker.tried.wait(5)
     wait_until(lambda: "tries again" in caplog.text)
+    assert broker.hints == []
     broker.away = False
-    wait_until(lambda: broker.hints == [(job.id, "gpu.cpu")])
+    wait_until(lambda: ledger.due(60) == [])
+    assert broker.hints == [(job.id, "gpu.cpu")]
 
 
 def test_a_database_that_is_away_does_not_end_the_sweeper(ledger, asked, broker, sweeper, caplog):
@@ -66,7 +68,8 @@ def test_a_database_that_is_away_does_not_end_the_sweeper(ledger, asked, broker,
     with ledger.engine.begin() as conn:
         conn.exec_driver_sql("ALTER TABLE hidden RENAME TO jobs")
     job = ledger.create(asked, "gpu.cpu")
-    wait_until(lambda: broker.hints == [(job.id, "gpu.cpu")])
+    wait_until(lambda: broker.hints)
+    assert sweeper.alive and broker.hints == [(job.id, "gpu.cpu")]
 
 
 def test_a_stopped_sweeper_is_not_alive(sweeper):
@@ -107,4 +110,5 @@ def test_a_cancelled_job_ends_although_no_worker_is_left(ledger, asked, broker, 
     claim = ledger.claim("doomed", ["gpu.cpu"], 30, only=ledger.create(asked, "gpu.cpu").id)
     ledger.cancel(claim.job_id)
     ledger.renew(claim, -1)
-    wait_until(lambda: ledger.get(claim.job_id).state == "cancelled")
+    wait_until(lambda: ledger.get(claim.job_id).state != "cancelling")
+    assert ledger.get(claim.job_id).state == "cancelled"

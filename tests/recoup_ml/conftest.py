@@ -6,6 +6,7 @@ seconds, and healthy enough for damage to show.
 """
 
 import contextlib
+import gc
 import json
 import random
 import shutil
@@ -33,6 +34,8 @@ from recoup_ml.generate import LocalEngine
 from recoup_ml.run import Run, Task
 from recoup_ml.sequences import Answered, collate, encode
 from recoup_ml.tickets import NAMES, OPENINGS, QUEUES
+
+gc.freeze()  # what the imports left stays: a recovery collects often, and need not look at it again
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<|system|>", "<|user|>", "<|assistant|>"]
 THINGS = [

@@ -12,7 +12,19 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from recoup.schemas import Alignment, ChatRow, Message, Outcome, Prompt, Report, TaskSpec
+from recoup.schemas import (
+    Alignment,
+    ChatRow,
+    EffectProbe,
+    Message,
+    Outcome,
+    ProbeRow,
+    Prompt,
+    Report,
+    TaskSpec,
+)
+from recoup_jobs.effect import verdict as verdict_of
+from recoup_jobs.publication import weights_sha256
 from recoup_ml import diagnose, models, verdict
 from recoup_ml.errors import EmptyDataset, RecoveryError
 from recoup_ml.generate import LocalEngine
@@ -238,6 +250,26 @@ def test_kl_before_and_after_are_those_of_plain_forward_passes(forgetful: Finish
     assert plain_kl(forgetful, adapted) == pytest.approx(kl.after, rel=1e-4)
 
 
+@torch.inference_mode()
+def log_probability(model: PreTrainedModel, row: ProbeRow) -> float:
+    """log p(token | ids), by transformers' own forward pass."""
+    return float(model(input_ids=torch.tensor([row.ids])).logits[0, -1].log_softmax(-1)[row.token])
+
+
+def test_the_probe_holds_a_server_to_what_plain_forward_passes_find(forgetful: Finished) -> None:
+    probe = EffectProbe.model_validate_json(forgetful.journal.published["probe.json"].read_text())
+    assert (probe.base_sha256, len(probe.rows)) == (forgetful.report.provenance.student_sha256, 16)
+    student = AutoModelForCausalLM.from_pretrained(forgetful.run.student)
+    base = [log_probability(student, row) for row in probe.rows]
+    assert base == pytest.approx([row.base for row in probe.rows], abs=1e-3)
+    adapted = PeftModel.from_pretrained(student, forgetful.weights)
+    served = [log_probability(adapted, row) for row in probe.rows]
+    assert served == pytest.approx([row.recovered for row in probe.rows], abs=1e-3)
+    assert weights_sha256(forgetful.run.student) == probe.base_sha256
+    assert verdict_of(probe, served, base) is None
+    assert verdict_of(probe, base, base).code == "no_effect"
+
+
 def test_a_merged_model_loads_alone_and_does_what_was_measured(finish: Callable[..., Finished]) -> None:
     found = finish("forgetful", output={"kind": "merged"}, **LENIENT)
     assert "model/model.safetensors" in found.journal.published
@@ -316,7 +348,16 @@ def test_the_training_curve_is_told_as_it_grows(forgetful: Finished) -> None:
     names = [metric["name"] for metric in forgetful.journal.metrics]
     assert names.count("train") == 40
     assert names.count("validation") == len(validation_steps(40))
-    assert all(isinstance(metric["step"], int) for metric in forgetful.journal.metrics)
+    curve = [metric for metric in forgetful.journal.metrics if metric["name"] in {"train", "validation"}]
+    assert all(isinstance(metric["step"], int) for metric in curve)
+
+
+def test_what_a_stage_cost_in_tokens_and_what_came_of_it_is_told_once(forgetful: Finished) -> None:
+    told = [metric for metric in forgetful.journal.metrics if metric["name"] in {"tokens", "verdict"}]
+    generated, trained, verdict = told
+    assert isinstance(generated["generated"], int) and generated["generated"] > 0
+    assert trained["trained"] == forgetful.report.training.tokens
+    assert verdict["recovered"] == forgetful.report.measures[0].recovered.value
 
 
 def numbers(report: Report) -> dict[str, object]:

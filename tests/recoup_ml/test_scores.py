@@ -82,7 +82,7 @@ def test_greedy_answers_are_the_likeliest_tokens_of_who_gave_them(
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 def test_a_value_that_is_not_finite_makes_the_mean_infinite(broken: float) -> None:
-    assert Scores([[0.1, 0.2], [broken]], [2, 1], [1.0, 1.0]).mean_kl == math.inf
+    assert Scores([[0.1, 0.2], [broken]], [2, 1], [[1.0], [1.0]]).mean_kl == math.inf
 
 
 @torch.inference_mode()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from recoup.schemas import Alignment, AlignmentState, Estimate, LayerDistance
-from recoup_ml import cka, hsic
+from recoup_ml import aligned, hsic
 from recoup_ml.geometry import Geometry, GeometrySums
 from recoup_ml.paired_states import OUTLIER
 from recoup_ml.sequences import Answered
@@ -146,12 +146,12 @@ def csv_table(alignment: Alignment) -> str:
     return buffer.getvalue()
 
 
-def shown(found: cka.Alignment) -> Alignment:
+def shown(found: aligned.Alignment) -> Alignment:
     """Two models that were compared outside a recovery, as a report has it."""
     nothing = (math.nan,) * len(found.layer_map)
     rows, columns = found.matrix.shape
     return Alignment(
-        estimator=cka.ESTIMATORS[found.pooled],
+        estimator=aligned.ESTIMATORS[found.pooled],
         student_layers=_names(rows),
         teacher_layers=_names(columns),
         layer_map=list(found.layer_map),

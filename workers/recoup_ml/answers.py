@@ -60,7 +60,7 @@ def generate(run: Run, journal: Journal, done: Done, folder: Path) -> None:
     answers = _answer(teacher, train, limit, folder / "train", counter)
     if run.vllm_urls and tokenizer.chat_template is not None:  # without one it continues texts
         require_an_end(answers, limit)
-    _answer(teacher, validation, limit, folder / "validation", counter)
+    answers += _answer(teacher, validation, limit, folder / "validation", counter)
     if rewritten:
         _rewrite(run, teacher, rewritten, tokenizer, folder, counter)
     del teacher
@@ -70,7 +70,8 @@ def generate(run: Run, journal: Journal, done: Done, folder: Path) -> None:
         write_jsonl(folder / "texts.jsonl", _written(run, references, tokenizer))
     if keep:
         student = _student(run, tokenizer, KeptBatches(unfinished / "student"))
-        _answer(student, keep, keep_tokens(keep, tokenizer), folder / "keep", counter)
+        answers += _answer(student, keep, keep_tokens(keep, tokenizer), folder / "keep", counter)
+    journal.metric(name="tokens", generated=sum(len(answer.answer_ids) for answer in answers))
 
 
 def read_plan(done: Done) -> Plan:

@@ -79,7 +79,12 @@ def try_all(run: Run, journal: Journal, done: Done, folder: Path) -> Trials:
         trials = _try_all(run, journal, done)
         durable.place(kept, lambda aside: results.write(aside, trials))
     shutil.copy(kept, folder / FILE)
-    return results.read(kept, Trials)
+    return tried(folder)
+
+
+def tried(folder: Path) -> Trials:
+    """What `try_all` left in a folder."""
+    return results.read(folder / FILE, Trials)
 
 
 def _try_all(run: Run, journal: Journal, done: Done) -> Trials:
@@ -90,7 +95,7 @@ def _try_all(run: Run, journal: Journal, done: Done) -> Trials:
         given, giver = answers.answered(done, part)
         return compare(giver, observe(model, given, pad_id), given).mean_kl
 
-    student_kl, tried = distance("validation", models.load(run.student)), []
+    student_kl, found = distance("validation", models.load(run.student)), []
     candidates = _candidates(run, plan)
     counted = Counter(journal, len(candidates), "repairs").part(len(candidates))
     for count, candidate in enumerate(candidates, start=1):
@@ -101,20 +106,20 @@ def _try_all(run: Run, journal: Journal, done: Done) -> Trials:
         except (IncompatibleModels, UnsupportedModel) as error:
             if plan.method not in DATA:
                 raise
-            tried.append(Tried(candidate, math.inf, math.inf, time.monotonic() - began, str(error)))
+            found.append(Tried(candidate, math.inf, math.inf, time.monotonic() - began, str(error)))
             continue
         seconds = time.monotonic() - began
         keep_kl = distance("keep", model) if answers.has_keep(done) else 0.0
-        tried.append(Tried(candidate, distance("validation", model), keep_kl, seconds))
+        found.append(Tried(candidate, distance("validation", model), keep_kl, seconds))
         del model
         counted(count)
     models.release()
-    return Trials(student_kl, sorted(tried, key=lambda item: item.cost))
+    return Trials(student_kl, sorted(found, key=lambda item: item.cost))
 
 
 def read(done: Done) -> Trials | None:
     """What was tried; nothing where nothing was needed."""
-    return results.read(done["distil"] / FILE, Trials) if "distil" in done else None
+    return tried(done["distil"]) if "distil" in done else None
 
 
 def start(run: Run, done: Done, plan: Plan, trials: Trials) -> Start:

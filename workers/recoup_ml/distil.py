@@ -14,7 +14,7 @@ It does not decide whether the student got better; `verdict.py` does, on other p
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from torch.nn.utils import parametrize
@@ -23,17 +23,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from recoup.schemas import Checkpoint, DamageReport, TrainingPoint, TrainingReport
 from recoup_ml import answers, baselines, diagnose, durable, models, regulariser
 from recoup_ml.alignment import choose_positions, with_embeddings
-from recoup_ml.baselines import Trials
 from recoup_ml.generate import LocalEngine, usable
 from recoup_ml.lessons import Course, FixedCourse, Lesson, RolloutCourse, distributions
 from recoup_ml.observation import Observation, observe
 from recoup_ml.plan import DATA, Data, Plan
 from recoup_ml.regulariser import Regulariser
 from recoup_ml.repetition import without_loop
-from recoup_ml.run import Done, Journal, Run
+from recoup_ml.run import Audience, Done, Journal, Run
 from recoup_ml.scores import compare
-from recoup_ml.sequences import Answered, Encoded, encode
+from recoup_ml.sequences import Answered, Encoded, encode, from_row
 from recoup_ml.snapshots import Snapshots
+from recoup_ml.team import ALONE, Brief, Team, gather
 from recoup_ml.trainable import prepare
 from recoup_ml.training import Training, Watchers
 from recoup_ml.trajectory import MOST_POSITIONS, Recorder
@@ -46,7 +46,9 @@ def distil(run: Run, journal: Journal, done: Done, folder: Path) -> None:
     plan = answers.read_plan(done)
     trials = baselines.try_all(run, journal, done, folder)
     if plan.method in DATA:
-        _train(run, journal, done, plan, trials, folder)
+        brief = Brief(run, done, folder)
+        with gather(brief) as team:
+            train(brief, journal, team)
     elif trials.best:
         baselines.save(run, done, plan, trials.best, folder / BEST)
 
@@ -63,7 +65,10 @@ def best(done: Done) -> Path | None:
     return folder if folder and folder.exists() else None
 
 
-def _train(run: Run, journal: Journal, done: Done, plan: Plan, trials: Trials, folder: Path) -> None:
+def train(brief: Brief, audience: Audience, team: Team = ALONE) -> None:
+    """This process's part of the training; the leader leaves the report and the best student."""
+    run, done, folder = brief.run, brief.done, brief.folder
+    plan, trials = answers.read_plan(done), baselines.tried(folder)
     tokenizer = models.load_tokenizer(run.teacher)
     pad_id = models.pad_id(tokenizer)
     validation, teacher = answers.answered(done, "validation")
@@ -73,15 +78,15 @@ def _train(run: Run, journal: Journal, done: Done, plan: Plan, trials: Trials, f
         return compare(teacher, observe(student, validation, pad_id), validation).mean_kl
 
     def tell(point: TrainingPoint | Checkpoint) -> None:
-        journal.progress(point.step, plan.steps, "steps")
+        audience.progress(point.step, plan.steps, "steps")
         if isinstance(point, TrainingPoint):
-            journal.metric(name="train", **point.model_dump())
+            audience.metric(name="train", **point.model_dump())
         else:
-            journal.metric(name="validation", step=point.step, kl=point.validation_kl)
+            audience.metric(name="validation", step=point.step, kl=point.validation_kl)
 
     recorder = _recorder(run, validation, teacher, pad_id, diagnosis.damage)
     start = baselines.start(run, done, plan, trials)
-    if start.peft:
+    if start.peft and team.leads:
         start.peft.save_pretrained(folder / START)  # for whoever repeats the training
     distances = diagnosis.damage.distance_by_layer
     trainee = prepare(start.model, plan.trainable, distances, run.request.seed, start.peft)
@@ -96,19 +101,23 @@ def _train(run: Run, journal: Journal, done: Done, plan: Plan, trials: Trials, f
         trials.student_kl,
         stops,
         unfinished / BEST,
-        snapshots=Snapshots(unfinished, journal.stopping),
+        snapshots=Snapshots(unfinished, audience.stopping),
         regulariser=_regulariser(run, diagnosis.damage),
         halvings=run.halvings,
+        team=team,
     )
     keep = answers.kept(done, plan)
     if keep:
         training.keep(FixedCourse(keep, plan.batch_size, run.request.seed))
     training.take_up()
     for phase in training.left():
-        training.run(phase, _course(run, done, plan, phase.data, start.model, tokenizer))
-    journal.progress(plan.steps, plan.steps, "steps")
+        training.run(phase, _course(run, done, plan, phase.data, start.model, tokenizer, team))
+    if not team.leads:
+        return
+    audience.progress(plan.steps, plan.steps, "steps")
     report = training.report(start.name, len(keep.answers) if keep else 0, answers.rewrite_counts(done))
     (folder / "training.json").write_text(report.model_dump_json())
+    audience.metric(name="tokens", trained=report.tokens)
     if (unfinished / BEST).exists():
         shutil.copytree(unfinished / BEST, folder / BEST, copy_function=durable.link)
 
@@ -144,15 +153,16 @@ def _course(
     data: Data,
     student: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    team: Team,
 ) -> Course:
     seed = run.request.seed
     if data == "teacher":
         return FixedCourse(answers.taught(done, plan), plan.batch_size, seed)
     if data == "student":
         asked = encode(diagnose.split_prompts(run).train, tokenizer, run.prompt_tokens)
-        return _rollouts(run, plan, student, tokenizer, asked, {})
+        return _rollouts(run, plan, student, tokenizer, asked, {}, team)
     if data == "demonstrated":
-        return _rollouts(run, plan, student, tokenizer, *answers.demonstrations(run, tokenizer))
+        return _rollouts(run, plan, student, tokenizer, *answers.demonstrations(run, tokenizer), team)
     return FixedCourse(answers.written(done), plan.batch_size, seed)
 
 
@@ -163,8 +173,11 @@ def _rollouts(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Encoded],
     shown: Mapping[tuple[int, ...], tuple[int, ...]],
+    team: Team,
 ) -> RolloutCourse:
     """The student's answers to `prompts`, taught by a teacher that stands beside it.
+
+    Each process of the team has the student answer a share of the prompts.
 
     `shown` has the prompts that the teacher sees instead, by the student's.
     """
@@ -176,8 +189,10 @@ def _rollouts(
     def answer(asked: Sequence[Encoded]) -> Sequence[Answered]:
         student.eval()
         with parametrize.cached():
-            given = usable(engine.answer(asked, limit, lambda _done: None))
-        return [_without_loop(item) for item in given]
+            mine = engine.answer(team.share(asked), limit, lambda _done: None)
+        shares = team.gathered([asdict(item) for item in mine])
+        given = [from_row(shares[place % team.size][place // team.size]) for place in range(len(asked))]
+        return [_without_loop(item) for item in usable(given)]
 
     def teach(given: Sequence[Answered]) -> Lesson:
         heard = [replace(item, prompt_ids=shown.get(item.prompt_ids, item.prompt_ids)) for item in given]

@@ -14,6 +14,7 @@ from recoup.schemas import (
     Measure,
     Outcome,
     OutputForm,
+    ProbeRow,
     Sample,
     TrainingReport,
 )
@@ -31,6 +32,7 @@ from recoup_ml import (
 )
 from recoup_ml.alignment import States
 from recoup_ml.diagnose import Exam
+from recoup_ml.effect_probe import probe_rows
 from recoup_ml.observation import load_states, observe
 from recoup_ml.probe import Probe, make_probe
 from recoup_ml.repair import Repair
@@ -39,7 +41,7 @@ from recoup_ml.run import Counter, Done, Journal, Run
 from recoup_ml.scores import compare
 from recoup_ml.sequences import encode
 
-WEIGHTS = "weights"
+WEIGHTS, PROBE = "weights", "probe.json"
 CLOSED = 0.9
 """Recovered fraction from which more of the same training can hardly help."""
 
@@ -83,11 +85,21 @@ def evaluate(run: Run, journal: Journal, done: Done, folder: Path) -> None:
         ],
     )
     results.write(folder / "evaluation.json", evaluation)
+    if after:
+        results.write(folder / PROBE, probe_rows(exam.test, diagnosis.before.scores, after.scores))
+    recovered = found[0].recovered
+    journal.metric(name="verdict", outcome=outcome, recovered=recovered and recovered.value)
     (folder / "alignment.json").write_text(found_alignment.model_dump_json())
 
 
 def read(done: Done) -> Evaluation:
     return results.read(done["evaluate"] / "evaluation.json", Evaluation)
+
+
+def read_probe(done: Done) -> list[ProbeRow]:
+    """Empty where nothing was trained or repaired."""
+    path = done["evaluate"] / PROBE
+    return results.read(path, list[ProbeRow]) if path.exists() else []
 
 
 def read_alignment(done: Done) -> Alignment:

@@ -49,7 +49,7 @@ class LocalEngine:
             if temperature
             else {"do_sample": False, "temperature": None}
         )
-        self._end_ids = _end_ids(model, tokenizer)
+        self._end_ids = end_ids(model, tokenizer)
 
     def answer(self, prompts: Sequence[Encoded], max_new_tokens: int, tick: Tick) -> list[Answered]:
         found = {row: given for row, given, _ in self._generated(prompts, max_new_tokens, tick, False)}
@@ -163,7 +163,7 @@ def _left_padded(rows: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tens
     return ids_BT, mask_BT
 
 
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that ends an answer, by the model's generation config or its tokenizer."""
     configured = model.generation_config.eos_token_id
     listed = configured if isinstance(configured, list) else [configured]

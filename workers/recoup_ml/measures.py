@@ -122,7 +122,7 @@ def _on_answers(diagnosis: Diagnosis, after: Behaviour | None, test: Sequence[An
         "perplexity on teacher answers",
         "per token",
         "lower",
-        verdict.ratio_of_sums(lambda nats: math.exp(min(nats, 700.0))),
+        verdict.ratio_of_sums(lambda nats: np.exp(np.minimum(nats, 700.0))),
         *(item and _pairs(item.nll, tokens) for item in models),
     )
     return [agreement, perplexity]

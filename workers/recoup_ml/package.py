@@ -12,7 +12,7 @@ from pathlib import Path
 
 from peft import PeftModel
 
-from recoup.schemas import Alignment, Report
+from recoup.schemas import Alignment, EffectProbe, Report
 from recoup_ml import answers, diagnose, distil, evaluate, models
 from recoup_ml.alignment import csv_table
 from recoup_ml.card import model_card
@@ -42,10 +42,11 @@ def package(run: Run, journal: Journal, done: Done, folder: Path) -> None:
     """Publishes the recovery's artifacts."""
     report = assemble(run, journal, done)
     weights = folder / "weights"
+    files = _write_report(report, folder)
     if evaluate.read(done).outcome in PROMOTED:
         _write_weights(run, done, weights)
         _write_card(run, done, report, weights)
-    files = _write_report(report, folder)
+        files |= _write_probe(done, report, folder)
     if "generate" in done:
         files |= _learnt(run, done, report, folder)
     journal.publish(files | _weight_files(done, weights))
@@ -66,6 +67,13 @@ def _write_report(report: Report, folder: Path) -> dict[str, Path]:
         "report.html": html_page(report).encode(),
     }
     return _written(contents, folder) | alignment_files(report.alignment, folder)
+
+
+def _write_probe(done: Done, report: Report, folder: Path) -> dict[str, Path]:
+    """By what a server is held to these weights."""
+    rows = evaluate.read_probe(done)
+    probe = EffectProbe(object="recovery.probe", base_sha256=report.provenance.student_sha256, rows=rows)
+    return _written({"probe.json": probe.model_dump_json(indent=1).encode()}, folder) if rows else {}
 
 
 def alignment_files(alignment: Alignment, folder: Path) -> dict[str, Path]:

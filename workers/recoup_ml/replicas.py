@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 import httpx2
+from opentelemetry import propagate
 
 from recoup_ml.errors import TeacherUnavailable
 from recoup_ml.window import Window
@@ -210,7 +211,10 @@ def _client(url: str, timeout: float) -> httpx2.AsyncClient:
     limits = httpx2.Limits(
         max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEPALIVE_SECONDS
     )
-    return httpx2.AsyncClient(base_url=url, timeout=httpx2.Timeout(timeout, connect=10.0), limits=limits)
+    headers: dict[str, str] = {}
+    propagate.inject(headers)  # the trace that this recovery belongs to, if there is one
+    patience = httpx2.Timeout(timeout, connect=10.0)
+    return httpx2.AsyncClient(base_url=url, timeout=patience, limits=limits, headers=headers)
 
 
 async def _is_healthy(replica: Replica) -> bool:

@@ -36,6 +36,8 @@ class Run:
     """The folder of the cache of servers' answers, shared by recoveries; none: nothing is remembered."""
     halvings: int = 0
     """How often training goes with half as many tokens at once, memory having run out before."""
+    processes: int = 1
+    """How many train together, a device each."""
     estimate: CostEstimate | None = None
     """What it was expected to take, for its report."""
 
@@ -53,15 +55,8 @@ class Interrupted(Exception):
     """The recovery was asked to stop and did, leaving what its successor goes on from."""
 
 
-class Journal(Protocol):
-    """Keeps what a recovery did and tells how far it is."""
-
-    def stage(self, name: Stage, work: Callable[[Path], None]) -> Path:
-        """The folder of a committed stage; where there is none yet, `work` fills it and it is committed.
-
-        What an earlier holder of the job left of this stage in `durable.UNFINISHED` is there again.
-        """
-        ...
+class Audience(Protocol):
+    """Is told how far a recovery is."""
 
     def stopping(self) -> bool:
         """Whether the recovery is to stop as soon as what it did is safe."""
@@ -70,6 +65,17 @@ class Journal(Protocol):
     def progress(self, done: int, total: int, unit: str) -> None: ...
 
     def metric(self, **values: str | float | int | bool | None) -> None: ...
+
+
+class Journal(Audience, Protocol):
+    """Keeps what a recovery did and tells how far it is."""
+
+    def stage(self, name: Stage, work: Callable[[Path], None]) -> Path:
+        """The folder of a committed stage; where there is none yet, `work` fills it and it is committed.
+
+        What an earlier holder of the job left of this stage in `durable.UNFINISHED` is there again.
+        """
+        ...
 
     def publish(self, files: dict[str, Path]) -> None:
         """Makes files the recovery's artifacts, by the path they get there."""

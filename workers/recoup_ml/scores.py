@@ -31,8 +31,13 @@ class Scores:
     """Token KL(teacher‖model), nats, of each answer position."""
     agreement: list[int]
     """Positions at which both models' likeliest token is the same."""
-    nll: list[float]
-    """-log p(answer) under the model, nats, summed."""
+    token_nll: list[list[float]]
+    """-log p(token) of each answer token under the model, nats."""
+
+    @property
+    def nll(self) -> list[float]:
+        """-log p(answer) of each sequence, nats."""
+        return [math.fsum(sequence) for sequence in self.token_nll]
 
     @property
     def mean_kl(self) -> float:
@@ -67,7 +72,7 @@ def compare(teacher: Observation, model: Observation, sequences: Sequence[Answer
         ]
         kl.append([value for part, _, _ in values for value in part])
         agreement.append(sum(agree for _, agree, _ in values))
-        nll.append(math.fsum(cost for _, _, cost in values))
+        nll.append([value for _, _, part in values for value in part])
     return Scores(kl, agreement, nll)
 
 
@@ -84,13 +89,13 @@ def greedy_share(model: Observation, sequences: Sequence[Answered]) -> float:
 
 def _compare(
     teacher_ND: Tensor, teacher_head: Head, model_ND: Tensor, model_head: Head, targets_N: Tensor
-) -> tuple[list[float], int, float]:
+) -> tuple[list[float], int, list[float]]:
     teacher_NV = teacher_head(teacher_ND.to(teacher_head.weight_VD))
     model_NV = model_head(model_ND.to(model_head.weight_VD))
     targets_N = targets_N.to(model_NV.device)
     same = int((teacher_NV.argmax(-1) == model_NV.argmax(-1)).sum())
-    nll = torch.nn.functional.cross_entropy(model_NV, targets_N, reduction="sum")
-    return forward_kl(teacher_NV, model_NV).tolist(), same, float(nll)
+    nll_N = torch.nn.functional.cross_entropy(model_NV, targets_N, reduction="none")
+    return forward_kl(teacher_NV, model_NV).tolist(), same, nll_N.tolist()
 
 
 def text_windows(

@@ -30,6 +30,7 @@ from recoup_ml.sequences import Answered, Batch, batches, packs
 from recoup_ml.snapshots import Snapshot, Snapshots, dice, moments, restore_dice, restore_moments
 from recoup_ml.stopping import PATIENCE, reason_to_stop
 from recoup_ml.targets import join
+from recoup_ml.team import ALONE, Team
 from recoup_ml.trainable import Trainee
 from recoup_ml.trajectory import Recorder
 
@@ -85,6 +86,8 @@ class Training:
     """Acts on what is learnt from the teacher, not on `keep`."""
     halvings: int = 0
     """How often the tokens that go through the student at once are halved."""
+    team: Team = ALONE
+    """With whom this process trains; the leader alone looks, tells and writes."""
     _keep: Course | None = None
     _curve: list[TrainingPoint] = field(default_factory=list)
     _checkpoints: list[Checkpoint] = field(default_factory=list)
@@ -189,10 +192,12 @@ class Training:
     def _step(self, lessons: Sequence[Lesson], rate: float) -> float:
         """One optimizer step on all lessons; returns the mean divergence of the first, nats a position."""
         self.trainee.model.train()
-        losses = [self._learn(lessons[0], self.regulariser), *(self._learn(lesson) for lesson in lessons[1:])]
+        mine = [self._learn(lessons[0], self.regulariser), *(self._learn(lesson) for lesson in lessons[1:])]
+        losses = self.team.totals(mine)
         if not all(map(math.isfinite, losses)):
             self._optimizer.zero_grad(set_to_none=True)
             return math.nan
+        self.team.add_gradients(self.trainee.parameters)
         self.trainee.mask_gradients()
         nn.utils.clip_grad_norm_(self.trainee.parameters, MAX_GRADIENT_NORM)
         for group in self._optimizer.param_groups:
@@ -205,11 +210,13 @@ class Training:
         return losses[0]
 
     def _learn(self, lesson: Lesson, regulariser: Regulariser | None = None) -> float:
-        tokens = MICRO_TOKENS[self.trainee.model.device.type] >> self.halvings
+        share = -(-sum(map(len, lesson.answers)) // self.team.size)
+        tokens = min(MICRO_TOKENS[self.trainee.model.device.type] >> self.halvings, share)
         pieces = (
             packs(lesson.answers, tokens) if self._packs else batches(lesson.answers, self.pad_id, tokens)
         )
-        return learn(self.trainee.model, lesson, self.plan.divergence, pieces, regulariser)
+        mine = self.team.share([*pieces])
+        return learn(self.trainee.model, lesson, self.plan.divergence, mine, regulariser)
 
     def _validate(self, phase: Phase) -> Stopped | None:
         """Adds a checkpoint, marked as chosen if it is the best so far; says whether to stop."""
@@ -230,9 +237,12 @@ class Training:
 
     def _kl(self) -> float:
         """Validation KL of the student as it is now."""
+        if not self.team.leads:
+            return float(self.team.told())
         model, recorder = self.trainee.model.eval(), self.watchers.recorder
         with parametrize.cached():
-            return recorder.look(model, len(self._curve)) if recorder else self.watchers.validate(model)
+            kl = recorder.look(model, len(self._curve)) if recorder else self.watchers.validate(model)
+        return float(self.team.told(kl))
 
     def _go_on(self, courses: Sequence[Course]) -> Position:
         """Where the phase stands: at its start, or where a snapshot left it, courses and dice included."""
@@ -250,17 +260,18 @@ class Training:
         The snapshot comes first: with it the checkpoint that was chosen can be saved again.
         """
         kept = self.snapshots
-        if kept and (validated or kept.due()):
+        stopping = bool(self.team.told(kept is not None and kept.stopping()))
+        if kept and self.team.leads and (validated or stopping or kept.due()):
             kept.write(len(self._curve), self._snapshot(at, courses))
         if validated:
             self._save_if_chosen()
-        if kept and kept.stopping():
+        if stopping:
             raise Interrupted
 
     def _save_if_chosen(self) -> None:
         """Saves the present weights as the best if validation chose them."""
         last = self._checkpoints[-1] if self._checkpoints else None
-        if last and last.chosen and last.step == len(self._curve):
+        if self.team.leads and last and last.chosen and last.step == len(self._curve):
             durable.place(self.best, self.trainee.save)
 
     def _snapshot(self, at: Position, courses: Sequence[Course]) -> Snapshot:

@@ -24,8 +24,12 @@ NEGLIGIBLE_NATS = 0.01
 TAIL = 2.5
 """Percent of resamples beyond either end of an interval."""
 
+AT_ONCE = 1 << 20
+"""Values of resamples that are in memory together."""
+
 Array = NDArray[np.float64]
-Statistic = Callable[[Array], float]
+Statistic = Callable[[Array], Array]
+"""From the values of a set of units, or of many sets, [..., units, columns], to the measure, [...]."""
 
 
 @dataclass(frozen=True)
@@ -48,20 +52,29 @@ class Paired:
     """What counts is after / before, not the way to the teacher."""
 
 
-def ratio_of_sums(link: Callable[[float], float] = float) -> Statistic:
+def ratio_of_sums(link: Callable[[Array], Array] = np.asarray) -> Statistic:
     """link(Σ sum / Σ weight) over units of values (sum, weight): a mean over all tokens of all units."""
 
-    def statistic(values: Array) -> float:
-        total, weight = values.sum(0)
+    def statistic(values: Array) -> Array:
+        sums = values.sum(-2)
         with np.errstate(over="ignore"):
-            return float(link(total / weight))
+            return link(sums[..., 0] / sums[..., 1])
 
     return statistic
 
 
 def percentile(q: float) -> Statistic:
     """The q-th percentile of all tokens of all units; a row is a unit, padded with NaN."""
-    return lambda values: float(np.percentile(values[~np.isnan(values)], q))
+
+    def statistic(values: Array) -> Array:
+        tokens = np.sort(values.reshape(*values.shape[:-2], -1))  # NaN last
+        places = (np.count_nonzero(~np.isnan(tokens), axis=-1, keepdims=True) - 1) * q / 100
+        low, high = (
+            np.take_along_axis(tokens, np.asarray(to(places), np.int64), -1) for to in (np.floor, np.ceil)
+        )
+        return np.asarray((low + (high - low) * (places % 1))[..., 0])
+
+    return statistic
 
 
 def not_needed(before_kl: float, floor_kl: float, deficits: Sequence[str] = ()) -> bool:
@@ -94,9 +107,9 @@ def measure(paired: Paired, gate: Gate, seed: int) -> Measure:
         unit=paired.unit,
         better=paired.better,
         n=len(paired.before),
-        teacher=paired.statistic(paired.teacher),
-        before=paired.statistic(paired.before),
-        after=None if paired.after is None else paired.statistic(paired.after),
+        teacher=float(paired.statistic(paired.teacher)),
+        before=float(paired.statistic(paired.before)),
+        after=None if paired.after is None else float(paired.statistic(paired.after)),
         recovered=recovered,
         retained=retained,
         guarded=paired.guarded,
@@ -109,15 +122,14 @@ def lead(floor: Array, before: Array, ours: Array, theirs: Array, *, seed: int) 
 
     (theirs - ours) / (before - floor), bootstrapped over units; None where there is no gap.
     """
-    mean = ratio_of_sums()
-    resamples = np.random.default_rng(seed).integers(0, len(before), (RESAMPLES, len(before)))
+    mean, resamples = ratio_of_sums(), _resamples(len(before), seed)
 
-    def share(rows: NDArray[np.int64] | slice) -> float:
-        gap = mean(before[rows]) - mean(floor[rows])
-        return (mean(theirs[rows]) - mean(ours[rows])) / gap if gap > 0 else float("nan")
+    def share(of: Callable[[Array], Array]) -> Array:
+        gap = of(before) - of(floor)
+        return np.where(gap > 0, (of(theirs) - of(ours)) / np.where(gap > 0, gap, 1.0), np.nan)
 
-    value, draws = share(slice(None)), np.array([share(rows) for rows in resamples])
-    return _estimate(value, draws) if np.isfinite(draws).all() else None
+    value, draws = share(mean), share(lambda values: _over(resamples, values, mean))
+    return _estimate(float(value), draws) if np.isfinite(draws).all() else None
 
 
 def outcome(primary: Measure, measures: Sequence[Measure], gate: Gate) -> tuple[Outcome, str]:
@@ -147,14 +159,25 @@ def _gain(low: float, gate: Gate, found: str) -> tuple[Outcome, str]:
 
 def _bootstrap(paired: Paired, seed: int) -> dict[str, Array]:
     """The measure of each model in every resample of units, the same units for all."""
-    units = len(paired.before)
-    resamples = np.random.default_rng(seed).integers(0, units, (RESAMPLES, units))
+    resamples = _resamples(len(paired.before), seed)
     models = {"teacher": paired.teacher, "before": paired.before, "after": paired.after}
     return {
-        name: np.array([paired.statistic(values[rows]) for rows in resamples])
+        name: _over(resamples, values, paired.statistic)
         for name, values in models.items()
         if values is not None
     }
+
+
+def _resamples(units: int, seed: int) -> NDArray[np.int64]:
+    """Units by number, drawn with replacement: [resamples, units]."""
+    return np.random.default_rng(seed).integers(0, units, (RESAMPLES, units))
+
+
+def _over(resamples: NDArray[np.int64], values: Array, statistic: Statistic) -> Array:
+    """The measure in each resample."""
+    blocks = -(-len(resamples) * values.size // AT_ONCE)
+    parts = [statistic(values[rows]) for rows in np.array_split(resamples, min(blocks, len(resamples)))]
+    return np.concatenate(parts)
 
 
 def _has_deficit(paired: Paired, draws: dict[str, Array], level: float = TAIL) -> bool:
@@ -168,7 +191,7 @@ def _recovered(paired: Paired, draws: dict[str, Array]) -> Estimate | None:
     if not _has_deficit(paired, draws) or not np.isfinite(won).all():
         return None
     models = (paired.teacher, paired.before, paired.after)
-    teacher, before, after = (paired.statistic(values) for values in models if values is not None)
+    teacher, before, after = (float(paired.statistic(values)) for values in models if values is not None)
     there = gap != 0
     return _estimate((after - before) / (teacher - before), won[there] / gap[there])
 
@@ -176,9 +199,8 @@ def _recovered(paired: Paired, draws: dict[str, Array]) -> Estimate | None:
 def _retained(paired: Paired, draws: dict[str, Array]) -> Estimate | None:
     if paired.after is None or (draws["before"] <= 0).any():
         return None
-    return _estimate(
-        paired.statistic(paired.after) / paired.statistic(paired.before), draws["after"] / draws["before"]
-    )
+    before, after = (float(paired.statistic(values)) for values in (paired.before, paired.after))
+    return _estimate(after / before, draws["after"] / draws["before"])
 
 
 def _estimate(value: float, draws: Array) -> Estimate:
@@ -189,7 +211,7 @@ def _estimate(value: float, draws: Array) -> Estimate:
 def _worse(paired: Paired, draws: dict[str, Array], allowed: float) -> bool:
     assert paired.after is not None
     sign = 1.0 if paired.better == "lower" else -1.0
-    before, after = paired.statistic(paired.before), paired.statistic(paired.after)
+    before, after = (float(paired.statistic(values)) for values in (paired.before, paired.after))
     if not np.isfinite(after):
         return True
     lost = sign * (after - before) > allowed * abs(before)

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from recoup.schemas import Progress, Stage
-from recoup_jobs.artifacts import ARTIFACTS, publish
+from recoup_jobs.artifacts import publish
 from recoup_jobs.claims import Claim
 from recoup_jobs.ledger import Ledger
 from recoup_jobs.settings import Settings
+from recoup_jobs.stores import open_store
 from recoup_ml.run import Interrupted
 from recoup_worker.takeover import take_over
 
@@ -29,7 +30,7 @@ class LedgerJournal:
         self._ledger, self._claim, self._settings = ledger, claim, settings
         self._stopping = stopping
         self._stage: Stage = "preflight"
-        self._folder = Path()
+        self._place = ""
         self._began = self._told = 0.0
 
     def stage(self, name: Stage, work: Callable[[Path], None]) -> Path:
@@ -40,14 +41,14 @@ class LedgerJournal:
             raise Interrupted
         self._stage, self._began, self._told = name, time.monotonic(), 0.0
         self._ledger.enter_stage(self._claim, name)
-        place = f"{self._claim.job_id}/e{self._claim.epoch}/{name}"
-        self._folder = self._settings.stage_folder(place)
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._folder.mkdir(parents=True)
+        self._place = f"{self._claim.job_id}/e{self._claim.epoch}/{name}"
+        folder = self._settings.stage_folder(self._place)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
         take_over(self._settings.jobs_dir / self._claim.job_id, name, self._claim.epoch)
-        work(self._folder)
-        self._ledger.commit_stage(self._claim, name, place)
-        return self._folder
+        work(folder)
+        self._ledger.commit_stage(self._claim, name, self._place)
+        return folder
 
     def stopping(self) -> bool:
         return self._stopping.is_set()
@@ -66,7 +67,8 @@ class LedgerJournal:
         self._ledger.event(self._claim, "metric", values)
 
     def publish(self, files: dict[str, Path]) -> None:
-        publish(self._folder / ARTIFACTS, files)
+        store, total = open_store(self._settings), len(files)
+        publish(store, self._place, files, lambda done: self.progress(done, total, "files"))
 
     def stage_seconds(self) -> dict[str, float]:
         """Wall time between a stage's start and its commit, from the job's events."""

@@ -17,11 +17,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import structlog
+
 from recoup.schemas import FilePrompts
-from recoup_jobs.artifacts import ARTIFACTS
+from recoup_jobs import logs, tracing
 from recoup_jobs.claims import Claim
 from recoup_jobs.datasets import load_prompts, load_text
-from recoup_jobs.errors import RecoupError, StaleClaim
+from recoup_jobs.errors import RecoupError, StaleClaim, Unavailable
 from recoup_jobs.kinds import kind_of
 from recoup_jobs.ledger import Ledger, open_ledger
 from recoup_jobs.preflight import preflight
@@ -49,9 +51,17 @@ def main() -> int:
     die_with_stdin()
     scrub_logs()
     settings = Settings()
-    ledger = open_ledger(settings)
     job_id, epoch = sys.argv[1], int(sys.argv[2])
-    return run_claimed(ledger.claimed(job_id, epoch), ledger, settings, stopping)
+    logs.configure(settings.log_format)
+    sent = tracing.start("recoup-runner")
+    ids = {"job_id": job_id, "epoch": epoch}
+    parent = os.environ.get(tracing.TRACEPARENT)
+    try:
+        with structlog.contextvars.bound_contextvars(**ids), tracing.span("run", parent, **ids):
+            ledger = open_ledger(settings)
+            return run_claimed(ledger.claimed(job_id, epoch), ledger, settings, stopping)
+    finally:
+        sent()
 
 
 def run_claimed(claim: Claim, ledger: Ledger, settings: Settings, stopping: threading.Event) -> int:
@@ -72,7 +82,7 @@ def run_claimed(claim: Claim, ledger: Ledger, settings: Settings, stopping: thre
     except RecoveryError as error:
         ledger.fail(claim, error.code, str(error), retry=error.may_pass)
     except RecoupError as error:
-        ledger.fail(claim, error.code, str(error), retry=False)
+        ledger.fail(claim, error.code, str(error), retry=isinstance(error, Unavailable))
     except Exception as error:
         print(scrub(traceback.format_exc()), file=sys.stderr)
         ledger.fail(claim, "internal_error", f"{type(error).__name__}: {error}", retry=True)
@@ -102,7 +112,7 @@ def _recover(claim: Claim, ledger: Ledger, settings: Settings, stopping: threadi
         outcome = recover(run, journal)
         learn(claim, ledger, settings, journal)
         ledger.succeed(claim, outcome)
-    _clear_work(settings.stage_folder(ledger.committed(claim.job_id)["package"]), settings, claim)
+    _clear_work(settings, claim)
 
 
 def _publish_best(claim: Claim, ledger: Ledger, settings: Settings) -> None:
@@ -138,22 +148,15 @@ def _run(claim: Claim, ledger: Ledger, settings: Settings) -> "Run":
         vllm_urls=tuple(settings.vllm_urls),
         answers=settings.home / ANSWERS,
         halvings=claim.memory_failures,
+        processes=max(1, len(settings.gpus)),
     )
 
 
-def _clear_work(package: Path, settings: Settings, claim: Claim) -> None:
-    """Removes what the stages left for one another; the published files and the log stay."""
+def _clear_work(settings: Settings, claim: Claim) -> None:
+    """Removes what the stages left for one another; what was published and the log stay."""
     for epoch in (settings.jobs_dir / claim.job_id).glob("e*"):
-        for stage in epoch.iterdir():
-            if stage != package:
-                shutil.rmtree(stage)
-    for item in package.iterdir():
-        if item.name != ARTIFACTS:
-            shutil.rmtree(item) if item.is_dir() else item.unlink()
+        shutil.rmtree(epoch)
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # the thread that waits at standard input holds its lock, on which a plain exit aborts
+    sys.exit(main())

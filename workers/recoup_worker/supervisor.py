@@ -17,6 +17,7 @@ import threading
 import time
 from typing import Literal
 
+from recoup_jobs import tracing
 from recoup_jobs.claims import Claim
 from recoup_jobs.errors import StaleClaim
 from recoup_jobs.failures import OUT_OF_MEMORY
@@ -24,14 +25,16 @@ from recoup_jobs.ledger import Ledger
 from recoup_jobs.processes import kill_group
 from recoup_jobs.settings import Settings
 from recoup_worker import exits
+from recoup_worker.gpus import visible
 from recoup_worker.lease import Lease
 from recoup_worker.memory import oom_kills
+from recoup_worker.meter import Meter
 
 POLL_SECONDS = 0.2
 Ending = Literal["lost", "asked", "released", "deadline", "stalled", "exited"]
 WITH_GRACE: frozenset[Ending] = frozenset({"asked", "released", "deadline"})
 RUNNER_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-NOT_FOR_RUNNERS = frozenset({"RECOUP_API_KEY"})
+NOT_FOR_RUNNERS = frozenset({"RECOUP_API_KEY", "RECOUP_SECRETS_DIR"})
 
 log = logging.getLogger(__name__)
 
@@ -39,9 +42,10 @@ log = logging.getLogger(__name__)
 def supervise(claim: Claim, ledger: Ledger, settings: Settings, stopping: threading.Event) -> None:
     """Runs the claimed job to its end, or to the end of this worker's right to it."""
     lease, kills = Lease(ledger, claim, settings.lease_seconds), oom_kills()
+    meter = Meter(ledger, claim, settings.queue)
     with start_runner(claim, settings) as runner:
         try:
-            ending = _watch(runner, lease, claim, settings, stopping)
+            ending = _watch(runner, lease, meter, claim, settings, stopping)
             if ending in WITH_GRACE:
                 _stop(runner, lease, settings.grace_seconds)
         finally:
@@ -52,12 +56,14 @@ def supervise(claim: Claim, ledger: Ledger, settings: Settings, stopping: thread
         _conclude(ending, runner.returncode, memory_ran_out, claim, ledger, lease)
     except StaleClaim:
         log.info("%s: no longer held at epoch %d", claim.job_id, claim.epoch)
+    meter.close()
 
 
 def start_runner(claim: Claim, settings: Settings) -> subprocess.Popen[bytes]:
     folder = settings.jobs_dir / claim.job_id
     folder.mkdir(parents=True, exist_ok=True)
-    inherited = os.environ | settings.environment() | RUNNER_ENVIRONMENT
+    inherited = os.environ | settings.environment() | RUNNER_ENVIRONMENT | visible(settings.gpus)
+    inherited |= {tracing.TRACEPARENT: tracing.traceparent() or ""}
     with (folder / "runner.log").open("ab") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "recoup_worker.runner", claim.job_id, str(claim.epoch)],
@@ -72,6 +78,7 @@ def start_runner(claim: Claim, settings: Settings) -> subprocess.Popen[bytes]:
 def _watch(
     runner: subprocess.Popen[bytes],
     lease: Lease,
+    meter: Meter,
     claim: Claim,
     settings: Settings,
     stopping: threading.Event,
@@ -80,6 +87,7 @@ def _watch(
     deadline = time.monotonic() + _seconds_left(claim)
     while runner.poll() is None:
         heard = lease.look()
+        meter.look()
         if heard == "lost":
             return "lost"
         if heard != "held":

@@ -12,6 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from recoup.schemas.dataset import ChatRow, Message, Prompt, PromptRow, TextRow
+    from recoup.schemas.deployment import (
+        CreateDeployment,
+        Deployment,
+        DeploymentState,
+        EffectProbe,
+        Launch,
+        Lineage,
+        ProbeRow,
+        ReplicaStanding,
+    )
     from recoup.schemas.diagnosis import CreateDiagnosis, Diagnosis, DiagnosisReport, ExamSpec, PositionsSpec
     from recoup.schemas.plan import DryRun
     from recoup.schemas.recovery import (
@@ -83,6 +93,9 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "dataset": "ChatRow Message Prompt PromptRow TextRow",
+    "deployment": (
+        "CreateDeployment Deployment DeploymentState EffectProbe Launch Lineage ProbeRow ReplicaStanding"
+    ),
     "diagnosis": "CreateDiagnosis Diagnosis DiagnosisReport ExamSpec PositionsSpec",
     "plan": "DryRun",
     "recovery": (
@@ -127,15 +140,19 @@ __all__ = [
     "Choice",
     "Cost",
     "CostEstimate",
+    "CreateDeployment",
     "CreateDiagnosis",
     "CreateRecovery",
     "Damage",
     "DamageReport",
     "DeletedFile",
+    "Deployment",
+    "DeploymentState",
     "Diagnosis",
     "DiagnosisReport",
     "DivergenceName",
     "DryRun",
+    "EffectProbe",
     "Estimate",
     "EvaluationSpec",
     "Event",
@@ -145,8 +162,10 @@ __all__ = [
     "Gate",
     "GenerationSpec",
     "JobError",
+    "Launch",
     "LayerDistance",
     "Limits",
+    "Lineage",
     "LoraSpec",
     "Match",
     "Measure",
@@ -160,6 +179,7 @@ __all__ = [
     "Page",
     "PhaseReport",
     "PositionsSpec",
+    "ProbeRow",
     "Problem",
     "ProblemItem",
     "Progress",
@@ -168,6 +188,7 @@ __all__ = [
     "Provenance",
     "RankCorrelation",
     "Recovery",
+    "ReplicaStanding",
     "Report",
     "RewriteCounts",
     "RolloutSpec",

@@ -23,7 +23,7 @@ class Progress(Output):
     done: int
     total: int
     unit: str
-    """What is counted: `sequences`, `answers`, `steps`."""
+    """What is counted: `sequences`, `answers`, `steps`, `files`."""
     eta_seconds: float | None
     """Seconds to the end of this stage at the pace so far."""
 

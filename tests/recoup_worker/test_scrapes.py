@@ -1,0 +1,31 @@
+import threading
+import time
+from urllib.request import urlopen
+
+from recoup_worker.scrapes import showing_metrics
+
+
+def test_a_worker_shows_what_it_counted(free_port):
+    with (
+        showing_metrics(f"127.0.0.1:{free_port}"),
+        urlopen(f"http://127.0.0.1:{free_port}/metrics") as answer,
+    ):
+        assert "# TYPE recoup_gpu_seconds_total counter" in answer.read().decode()
+        assert answer.headers["content-type"].startswith("text/plain")
+
+
+def test_a_worker_that_ends_waits_until_it_is_asked_once_more(free_port):
+    with showing_metrics(f"127.0.0.1:{free_port}") as scrapes:
+        late = threading.Timer(0.5, lambda: urlopen(f"http://127.0.0.1:{free_port}/metrics").close())
+        late.start()
+        began = time.monotonic()
+        scrapes.wait_for_next(threading.Event())
+        assert 0.4 < time.monotonic() - began < 30
+        late.join()
+
+
+def test_nobody_is_waited_for_where_nothing_is_shown():
+    with showing_metrics(None) as scrapes:
+        began = time.monotonic()
+        scrapes.wait_for_next(threading.Event())
+        assert time.monotonic() - began < 1

@@ -1,0 +1,38 @@
+"""A process that trains beside the one that leads: `python -m recoup_ml.follower <place> <rank> <size>`."""
+
+import contextlib
+import sys
+from pathlib import Path
+
+import torch
+
+from recoup_ml import distil
+from recoup_ml.run import Interrupted
+from recoup_ml.team import BRIEF, Brief, joined
+
+
+class Quiet:
+    """Nobody is told anything, and nobody asks for a stop: both are the leader's."""
+
+    def stopping(self) -> bool:
+        return False
+
+    def progress(self, done: int, total: int, unit: str) -> None:
+        pass
+
+    def metric(self, **values: str | float | int | bool | None) -> None:
+        pass
+
+
+def main() -> None:
+    place, rank, size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank)
+    brief = Brief.read(place / BRIEF)
+    print("ready", flush=True)
+    with joined(place, rank, size) as team, contextlib.suppress(Interrupted):
+        distil.train(brief, Quiet(), team)
+
+
+if __name__ == "__main__":
+    main()
