@@ -162,15 +162,16 @@ def _litestar(home: Path) -> Any:
     from litestar.exceptions import NotAuthorizedException
 
     from recoup.schemas import CreateRecovery
+    from recoup_jobs.inspection import Inspections
     from recoup_jobs.keys import Caller, Keyring
     from recoup_jobs.ledger import open_ledger
     from recoup_jobs.preflight import preflight
     from recoup_jobs.quotas import require_room_for_job
-    from recoup_jobs.tenancy import require_own_files, require_own_job
+    from recoup_jobs.tenancy import require_own_job
 
     settings = _settings(home)
     ledger = open_ledger(settings)
-    keys = Keyring(ledger, settings.api_key)
+    keys, inspections = Keyring(ledger, settings.api_key), Inspections()
 
     def caller_of(request: Request[Any, Any, Any]) -> Caller:
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
@@ -188,8 +189,7 @@ def _litestar(home: Path) -> Any:
         caller = caller_of(request)
         asked = CreateRecovery.model_validate(msgspec.json.decode(body))
         require_room_for_job(ledger, caller.tenant, settings.max_live_jobs)
-        require_own_files(ledger, asked, caller.tenant)
-        preflight(asked, ledger, settings)
+        preflight(asked, ledger, settings, caller.tenant, inspections)
         return answer(ledger.create(asked, settings.queue, caller.tenant), 202)
 
     @get("/v1/recoveries/{id:str}", sync_to_thread=True)

@@ -23,24 +23,24 @@ from recoup.errors import (
     UnsafePathError,
     WaitTimeoutError,
 )
-from recoup.schemas import (
-    Alignment,
-    Artifact,
-    Capabilities,
-    CreateDiagnosis,
-    CreateRecovery,
-    Deployment,
-    Diagnosis,
-    DryRun,
-    Event,
-    File,
-    Recovery,
-    Report,
-)
 
 if TYPE_CHECKING:
     from recoup._flow import RawResponse
     from recoup.client import AsyncClient, Client
+    from recoup.schemas import (
+        Alignment,
+        Artifact,
+        Capabilities,
+        CreateDiagnosis,
+        CreateRecovery,
+        Deployment,
+        Diagnosis,
+        DryRun,
+        Event,
+        File,
+        Recovery,
+        Report,
+    )
 
 __version__ = "0.1.0"
 
@@ -83,7 +83,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Clients are loaded at their first use: the service imports this package for its schemas alone."""
+    """Clients and schemas are loaded at their first use: who needs one seldom needs all."""
     if name in {"AsyncClient", "Client"}:
         from recoup import client
 
@@ -92,4 +92,8 @@ def __getattr__(name: str) -> Any:
         from recoup._flow import RawResponse
 
         return RawResponse
+    if name in __all__:
+        from recoup import schemas
+
+        return getattr(schemas, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,7 +7,7 @@ segment: no argument can address another route. Methods that take an id raise
 InvalidArgumentError on what is none, NotFoundError on one that the server does not know.
 """
 
-from __future__ import annotations  # Page[…] in a signature would build that model at import
+from __future__ import annotations  # no schema is loaded at import
 
 import re
 from collections.abc import Callable
@@ -15,38 +15,38 @@ from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
 from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict
 
+from recoup import schemas
 from recoup.errors import InvalidArgumentError
-from recoup.schemas import (
-    Alignment,
-    Artifact,
-    Capabilities,
-    ChangeRecovery,
-    CreateDeployment,
-    CreateDiagnosis,
-    CreateRecovery,
-    Damage,
-    Deployment,
-    DeploymentState,
-    Diagnosis,
-    DryRun,
-    Event,
-    File,
-    ModelRef,
-    Outcome,
-    Page,
-    Recovery,
-    Report,
-    State,
-)
+
+if TYPE_CHECKING:
+    from recoup.schemas import (
+        Alignment,
+        Artifact,
+        Capabilities,
+        CreateRecovery,
+        Damage,
+        Deployment,
+        DeploymentState,
+        Diagnosis,
+        DryRun,
+        Event,
+        File,
+        ModelRef,
+        Outcome,
+        Page,
+        Recovery,
+        Report,
+        State,
+    )
 
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
-J = TypeVar("J", Recovery, Diagnosis)
+J = TypeVar("J", "Recovery", "Diagnosis")
 
 
 class Upload(NamedTuple):
@@ -88,15 +88,16 @@ class Jobs(Generic[J]):
 
     name: str
     path: str
-    model: type[J]
+    load: Callable[[], type[J]]
+    """The model of one."""
 
     def get(self, id: str) -> Call[J]:
         """The job as it stands; a diagnosis that succeeded has its report with it."""
-        return Call("GET", self._at(id), _reader(self.model))
+        return Call("GET", self._at(id), _reader(self.load()))
 
     def await_change(self, seen: J, wait: int) -> Call[J | None]:
         """The job as soon as it differs from what was seen, or None after `wait` seconds."""
-        return _poll(self._at(seen.id), self.model, seen.version, wait)
+        return _poll(self._at(seen.id), self.load(), seen.version, wait)
 
     def list(
         self,
@@ -115,41 +116,41 @@ class Jobs(Generic[J]):
         """
         pairs = {f"metadata[{key}]": value for key, value in (metadata or {}).items()}
         query = _query(after=after, limit=limit, state=state, outcome=outcome, damage=damage, **pairs)
-        return Call("GET", self.path, _page_reader(self.model), query=query)
+        return Call("GET", self.path, _page_reader(self.load()), query=query)
 
     def cancel(self, id: str) -> Call[J]:
         """Ask the job to stop. Raises ConflictError once it has ended."""
-        return Call("POST", f"{self._at(id)}/cancel", _reader(self.model))
+        return Call("POST", f"{self._at(id)}/cancel", _reader(self.load()))
 
     def pause(self, id: str) -> Call[J]:
         """Ask the job to give its device back and to wait. Raises ConflictError where it cannot."""
-        return Call("POST", f"{self._at(id)}/pause", _reader(self.model))
+        return Call("POST", f"{self._at(id)}/pause", _reader(self.load()))
 
     def resume(self, id: str) -> Call[J]:
         """Let a paused job go on. Raises ConflictError if it is not paused."""
-        return Call("POST", f"{self._at(id)}/resume", _reader(self.model))
+        return Call("POST", f"{self._at(id)}/resume", _reader(self.load()))
 
     def retry(self, id: str, *, idempotency_key: str | None = None) -> Call[J]:
         """A new job that repeats one which failed or was cancelled, and takes over its committed stages.
 
         Raises ConflictError where the job's state does not allow it.
         """
-        return _keyed(Call("POST", f"{self._at(id)}/retry", _reader(self.model)), idempotency_key)
+        return _keyed(Call("POST", f"{self._at(id)}/retry", _reader(self.load())), idempotency_key)
 
     def change(
         self, id: str, *, priority: int | None = None, metadata: dict[str, str] | None = None
     ) -> Call[J]:
         """Another priority, other metadata (all pairs); what is None stays as it is."""
         given = {"priority": priority, "metadata": metadata}
-        changes = ChangeRecovery.model_validate(
+        changes = schemas.ChangeRecovery.model_validate(
             {name: value for name, value in given.items() if value is not None}
         )
         body = changes.model_dump(mode="json", exclude_unset=True)
-        return Call("PATCH", self._at(id), _reader(self.model), json=body)
+        return Call("PATCH", self._at(id), _reader(self.load()), json=body)
 
     def history(self, id: str, after: int = 0) -> Call[Page[Event]]:
         """The events so far whose `seq` is greater than `after`."""
-        return Call("GET", f"{self._at(id)}/events", _page_reader(Event), query=_query(after=after))
+        return Call("GET", f"{self._at(id)}/events", _page_reader(schemas.Event), query=_query(after=after))
 
     def stream(self, id: str, after: int = 0) -> Call[bytes]:
         """The events after the one with this `seq`, as server-sent events; every 15 seconds a comment."""
@@ -159,14 +160,14 @@ class Jobs(Generic[J]):
 
     def alignment(self, id: str) -> Call[Alignment]:
         """CKA of the student's layers with the teacher's, before and, of a recovery, after."""
-        return Call("GET", f"{self._at(id)}/alignment", _reader(Alignment))
+        return Call("GET", f"{self._at(id)}/alignment", _reader(schemas.Alignment))
 
     def _at(self, id: str) -> str:
         return f"{self.path}/{_checked(id, self.name)}"
 
 
-RECOVERIES = Jobs("recovery", "/v1/recoveries", Recovery)
-DIAGNOSES = Jobs("diagnosis", "/v1/diagnoses", Diagnosis)
+RECOVERIES = Jobs("recovery", "/v1/recoveries", lambda: schemas.Recovery)
+DIAGNOSES = Jobs("diagnosis", "/v1/diagnoses", lambda: schemas.Diagnosis)
 
 
 def create_recovery(
@@ -183,7 +184,7 @@ def create_recovery(
     Raises pydantic's ValidationError, or InvalidArgumentError on a key, before anything is sent.
     """
     body = _request_body(request, student, teacher, fields)
-    return _keyed(Call("POST", "/v1/recoveries", _reader(Recovery), json=body), idempotency_key)
+    return _keyed(Call("POST", "/v1/recoveries", _reader(schemas.Recovery), json=body), idempotency_key)
 
 
 def dry_run(
@@ -197,12 +198,12 @@ def dry_run(
     What it would be refused for are its `findings`; UnprocessableEntityError is raised for fields alone.
     """
     body = _request_body(None, student, teacher, fields)
-    return Call("POST", "/v1/recoveries", _reader(DryRun), query=_query(dry_run="true"), json=body)
+    return Call("POST", "/v1/recoveries", _reader(schemas.DryRun), query=_query(dry_run="true"), json=body)
 
 
 def get_report(id: str) -> Call[Report]:
     """What was measured, and the verdict. Raises ConflictError while the job runs."""
-    return Call("GET", f"{_recovery(id)}/report", _reader(Report))
+    return Call("GET", f"{_recovery(id)}/report", _reader(schemas.Report))
 
 
 def get_report_html(id: str) -> Call[str]:
@@ -220,7 +221,9 @@ def get_recipe(id: str) -> Call[str]:
 
 def list_artifacts(id: str, after: str | None = None) -> Call[Page[Artifact]]:
     """The manifest: path, size and SHA-256 of each file that the job produced."""
-    return Call("GET", f"{_recovery(id)}/artifacts", _page_reader(Artifact), query=_query(after=after))
+    return Call(
+        "GET", f"{_recovery(id)}/artifacts", _page_reader(schemas.Artifact), query=_query(after=after)
+    )
 
 
 def get_artifact(id: str, path: str, start: int = 0) -> Call[bytes]:
@@ -244,9 +247,9 @@ def create_diagnosis(
     Raises pydantic's ValidationError, or InvalidArgumentError on a key, before anything is sent.
     """
     models = {"student": _model(student), "teacher": _model(teacher)}
-    request = CreateDiagnosis.model_validate(models | fields)
+    request = schemas.CreateDiagnosis.model_validate(models | fields)
     body = request.model_dump(mode="json", exclude_unset=True)
-    return _keyed(Call("POST", "/v1/diagnoses", _reader(Diagnosis), json=body), idempotency_key)
+    return _keyed(Call("POST", "/v1/diagnoses", _reader(schemas.Diagnosis), json=body), idempotency_key)
 
 
 def create_file(
@@ -259,18 +262,18 @@ def create_file(
     Raises UnprocessableEntityError naming the lines that cannot be used, OSError if
     the file cannot be read.
     """
-    call = Call("POST", "/v1/files", _reader(File), upload=Upload(Path(path), purpose))
+    call = Call("POST", "/v1/files", _reader(schemas.File), upload=Upload(Path(path), purpose))
     return _keyed(call, idempotency_key)
 
 
 def list_files(after: str | None = None, limit: int | None = None) -> Call[Page[File]]:
     """All files, newest first, fetched page by page as they are asked for; `limit` is the size of a page."""
-    return Call("GET", "/v1/files", _page_reader(File), query=_query(after=after, limit=limit))
+    return Call("GET", "/v1/files", _page_reader(schemas.File), query=_query(after=after, limit=limit))
 
 
 def get_file(id: str) -> Call[File]:
     """One file's description."""
-    return Call("GET", _file(id), _reader(File))
+    return Call("GET", _file(id), _reader(schemas.File))
 
 
 def get_file_content(id: str) -> Call[bytes]:
@@ -293,13 +296,13 @@ def create_deployment(
     served, ConflictError where the installation has no servers to deploy to.
     """
     given = {"recovery": recovery} | ({} if name is None else {"name": name})
-    body = CreateDeployment.model_validate(given).model_dump(mode="json", exclude_unset=True)
-    return _keyed(Call("POST", "/v1/deployments", _reader(Deployment), json=body), idempotency_key)
+    body = schemas.CreateDeployment.model_validate(given).model_dump(mode="json", exclude_unset=True)
+    return _keyed(Call("POST", "/v1/deployments", _reader(schemas.Deployment), json=body), idempotency_key)
 
 
 def get_deployment(id: str) -> Call[Deployment]:
     """The deployment as it stands, server by server."""
-    return Call("GET", _deployment(id), _reader(Deployment))
+    return Call("GET", _deployment(id), _reader(schemas.Deployment))
 
 
 def list_deployments(
@@ -307,12 +310,12 @@ def list_deployments(
 ) -> Call[Page[Deployment]]:
     """All deployments, or those in this state, newest first; `limit` is the size of a page."""
     query = _query(after=after, limit=limit, state=state)
-    return Call("GET", "/v1/deployments", _page_reader(Deployment), query=query)
+    return Call("GET", "/v1/deployments", _page_reader(schemas.Deployment), query=query)
 
 
 def delete_deployment(id: str) -> Call[Deployment]:
     """Take it out of service; it stays known as withdrawn."""
-    return Call("DELETE", _deployment(id), _reader(Deployment))
+    return Call("DELETE", _deployment(id), _reader(schemas.Deployment))
 
 
 def roll_back_deployment(id: str) -> Call[Deployment]:
@@ -320,7 +323,7 @@ def roll_back_deployment(id: str) -> Call[Deployment]:
 
     Raises ConflictError where there is none, or this one is not live.
     """
-    return Call("POST", f"{_deployment(id)}/rollback", _reader(Deployment))
+    return Call("POST", f"{_deployment(id)}/rollback", _reader(schemas.Deployment))
 
 
 def chat(model: str, messages: list[dict[str, str]], *, max_tokens: int = 512) -> Call[str]:
@@ -334,7 +337,7 @@ def chat(model: str, messages: list[dict[str, str]], *, max_tokens: int = 512) -
 
 def get_capabilities() -> Call[Capabilities]:
     """What this installation can do."""
-    return Call("GET", "/v1/capabilities", _reader(Capabilities))
+    return Call("GET", "/v1/capabilities", _reader(schemas.Capabilities))
 
 
 def get_readiness() -> Call[None]:
@@ -368,7 +371,7 @@ def _request_body(
     """Only what the caller set is sent: defaults stay the server's."""
     if request is None:
         models = {"student": _model(student), "teacher": _model(teacher)}
-        request = CreateRecovery.model_validate(models | fields)
+        request = schemas.CreateRecovery.model_validate(models | fields)
     elif fields or student is not None or teacher is not None:
         raise TypeError("create() takes a request or its fields, not both.")
     return request.model_dump(mode="json", exclude_unset=True)
@@ -435,7 +438,7 @@ def _page_reader(item: type[M]) -> Callable[[bytes], Page[M]]:
 
 def _read_page(item: type[M], body: bytes) -> Page[M]:
     """The page's model is made here, at its first use."""
-    return Page[item].model_validate_json(body)  # type: ignore[valid-type]
+    return schemas.Page[item].model_validate_json(body)  # type: ignore[valid-type]
 
 
 def _read_unless_empty(model: type[M], body: bytes) -> M | None:

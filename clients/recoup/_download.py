@@ -12,13 +12,16 @@ import hashlib
 from functools import partial
 from os import PathLike
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from recoup import _calls
 from recoup._flow import Flow, Head, Read, Run, Sleep, Unanswered
 from recoup._follow import PATIENCE, Outage, everything
 from recoup._sending import opened
 from recoup.errors import APIStatusError, ChecksumError, UnsafePathError
-from recoup.schemas import Artifact
+
+if TYPE_CHECKING:
+    from recoup.schemas import Artifact
 
 
 def download(id: str, folder: str | PathLike[str]) -> Flow[list[Path]]:

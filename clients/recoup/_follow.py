@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from pydantic import ValidationError
 
-from recoup import _calls, _retry
+from recoup import _calls, _retry, schemas
 from recoup._calls import Call, Jobs
 from recoup._flow import (
     WORLD,
@@ -41,10 +41,12 @@ from recoup.errors import (
     JobFailedError,
     WaitTimeoutError,
 )
-from recoup.schemas import TERMINAL_STATES, Deployment, Diagnosis, Event, Page, Progress, Recovery
+
+if TYPE_CHECKING:
+    from recoup.schemas import Deployment, Diagnosis, Event, Page, Progress, Recovery
 
 T = TypeVar("T")
-J = TypeVar("J", Recovery, Diagnosis)
+J = TypeVar("J", "Recovery", "Diagnosis")
 
 PATIENCE = 120.0
 """Seconds without any answer after which a follower gives up."""
@@ -189,7 +191,7 @@ def _ended(
             for event in (yield from everything(jobs.history(id, seen))):
                 seen = event.seq
                 yield Tell(on_event, event)
-        if job.state in TERMINAL_STATES:
+        if job.state in schemas.TERMINAL_STATES:
             return _unless_failed(job)
         if WORLD.clock() >= deadline:
             raise WaitTimeoutError(job)
@@ -215,7 +217,7 @@ def _new_event(frame: Frame, after: int) -> Event | None:
     if not frame.id.isdecimal() or int(frame.id) <= after:
         return None
     try:
-        return Event.model_validate_json(frame.data)
+        return schemas.Event.model_validate_json(frame.data)
     except ValidationError as error:
         raise InvalidAnswerError(f"The server sent an event that this client cannot read: {frame}") from error
 

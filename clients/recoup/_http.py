@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Mapping
 from contextlib import AsyncExitStack, ExitStack, aclosing, closing, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import httpx2
 
@@ -37,7 +37,9 @@ from recoup._flow import (
 from recoup._flow import send as sent
 from recoup._follow import pages
 from recoup._sending import sending
-from recoup.schemas import Page
+
+if TYPE_CHECKING:
+    from recoup.schemas import Page
 
 T = TypeVar("T")
 

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from functools import wraps
-from typing import Any, Generic, ParamSpec, Protocol, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, overload
 
 from recoup._calls import Call
 from recoup._flow import Flow, RawResponse
 from recoup._http import Async, RawAsync, RawSync, Sync
-from recoup.schemas import Page
+
+if TYPE_CHECKING:
+    from recoup.schemas import Page
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -101,8 +103,8 @@ class Runs(Generic[P, T]):
 class Emits(Generic[P, T]):
     """A method of several calls that iterates over what its flow emits; it has no raw form."""
 
-    def __init__(self, flow: Callable[P, Flow[None]], of: type[T]) -> None:
-        """`of`: what it emits."""
+    def __init__(self, flow: Callable[P, Flow[None]], of: Callable[[], type[T]]) -> None:
+        """`of`: gives the type of what it emits."""
         self.flow, self.of = flow, of
         self.__doc__ = flow.__doc__
 

@@ -5,11 +5,10 @@ What each method takes and returns stands in the description that it is made of.
 
 from typing import Generic, TypeVar
 
-from recoup import _calls
+from recoup import _calls, schemas
 from recoup._calls import DIAGNOSES
 from recoup._follow import Following
 from recoup._resource import Emits, Lists, Runs, Sends
-from recoup.schemas import Event
 
 M = TypeVar("M")
 FOLLOWING = Following(DIAGNOSES)
@@ -32,7 +31,7 @@ class Diagnoses(Generic[M]):
     change = Sends(DIAGNOSES.change)
 
     wait = Runs(FOLLOWING.wait)
-    events = Emits(FOLLOWING.events, of=Event)
+    events = Emits(FOLLOWING.events, of=lambda: schemas.Event)
     history = Lists(DIAGNOSES.history)
 
     alignment = Sends(DIAGNOSES.alignment)

@@ -24,11 +24,17 @@ A request whose *fields* are wrong never leaves: it raises pydantic's `Validatio
 Each error keeps its constructor's arguments in `args`, so that all survive pickling.
 """
 
+from __future__ import annotations
+
 from http import HTTPStatus
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from recoup.schemas import Deployment, Diagnosis, Problem, ProblemItem, Recovery
+from recoup import schemas
+
+if TYPE_CHECKING:
+    from recoup.schemas import Deployment, Diagnosis, Problem, ProblemItem, Recovery
 
 
 class RecoupError(Exception):
@@ -184,11 +190,11 @@ def status_error(problem: Problem, retry_after: float | None = None) -> APIStatu
 def problem_of(status: int, body: bytes, request_id: str) -> Problem:
     """The problem that an answer states, or one made of its status if it states none (a proxy's page)."""
     try:
-        return Problem.model_validate_json(body).model_copy(update={"status": status})
+        return schemas.Problem.model_validate_json(body).model_copy(update={"status": status})
     except ValidationError:
         known = status in {known.value for known in HTTPStatus}
         title = HTTPStatus(status).phrase if known else "Unknown status"
-        return Problem(
+        return schemas.Problem(
             type="about:blank",
             title=title,
             status=status,

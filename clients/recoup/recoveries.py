@@ -5,11 +5,10 @@ What each method takes and returns stands in the description that it is made of.
 
 from typing import Generic, TypeVar
 
-from recoup import _calls, _download
+from recoup import _calls, _download, schemas
 from recoup._calls import RECOVERIES
 from recoup._follow import Following
 from recoup._resource import Emits, Lists, Runs, Sends
-from recoup.schemas import Event
 
 M = TypeVar("M")
 FOLLOWING = Following(RECOVERIES)
@@ -33,7 +32,7 @@ class Recoveries(Generic[M]):
     change = Sends(RECOVERIES.change)
 
     wait = Runs(FOLLOWING.wait)
-    events = Emits(FOLLOWING.events, of=Event)
+    events = Emits(FOLLOWING.events, of=lambda: schemas.Event)
     history = Lists(RECOVERIES.history)
 
     report = Sends(_calls.get_report)

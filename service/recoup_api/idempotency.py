@@ -55,10 +55,9 @@ def answer_once(
     request: Request, key: str | None, fingerprint: str, make: Callable[[Keep], Answer]
 ) -> Response:
     """What `make` answers, or answered before; `make` passes what it is given on into its transaction."""
+    require_key(key)
     if key is None:
         return _response(make(lambda *_: None))
-    if not re.fullmatch(GRAMMAR, key):
-        raise BadRequest("invalid_idempotency_key", "a key has 1 to 255 printable ASCII characters")
     ledger: Ledger = request.app.state.ledger
     asked = answers.Request(request.state.caller.tenant, key, _whole(request, fingerprint))
     in_flight: InFlightKeys = request.app.state.in_flight
@@ -71,6 +70,12 @@ def answer_once(
             if (given := answers.recall(ledger, asked)) is None:
                 raise
             return _again(asked, given)
+
+
+def require_key(key: str | None) -> None:
+    """Raises `BadRequest` for what is no key; there need not be one."""
+    if key is not None and not re.fullmatch(GRAMMAR, key):
+        raise BadRequest("invalid_idempotency_key", "a key has 1 to 255 printable ASCII characters")
 
 
 def fingerprint_of(*parts: bytes) -> str:

@@ -93,17 +93,17 @@ def _add_reading(router: APIRouter, kind: Kind[Any]) -> None:
         watch: TheWatch,
         ledger: TheLedger,
         settings: TheSettings,
-        response: Response,
         wait: Annotated[float, Query(ge=0, le=60)] = 0,
         if_none_match: Annotated[str, Header(max_length=1000)] = "",
-    ) -> Any:
+    ) -> Response:
         """With `wait`, answers at the next change, or after so many seconds."""
         known = known_etags(if_none_match)
         job = await watch.newer(id, known, wait)
-        response.headers["ETag"] = etag(job)
+        headers = {"ETag": etag(job)}
         if etag(job) in known:
-            return Response(status_code=304, headers=response.headers)
-        return kind.shown(job, ledger, settings)
+            return Response(status_code=304, headers=headers)
+        shown = kind.shown(job, ledger, settings)
+        return Response(shown.model_dump_json(), headers=headers, media_type="application/json")
 
 
 def _add_verbs(router: APIRouter, kind: Kind[Any]) -> None:

@@ -18,7 +18,7 @@ from recoup_api.body import RecoveryBody, documented
 from recoup_api.downloads import Download
 from recoup_api.dry_run import foresee
 from recoup_api.examples import REQUEST
-from recoup_api.idempotency import IdempotencyKey, Keep, answer_once
+from recoup_api.idempotency import IdempotencyKey, Keep, answer_once, require_key
 from recoup_api.jobs import NOT_OUR_PAGE, ByAccept, Kind, add_to, published
 from recoup_api.wiring import (
     TheCaller,
@@ -71,6 +71,7 @@ def create(
 ) -> Response:
     """With `dry_run` nothing is queued: the answer is plan, findings and estimate."""
     if dry_run:
+        require_key(idempotency_key)
         found = foresee(body, ledger, settings, caller.tenant, inspections)
         return Response(found.model_dump_json(), media_type="application/json")
 

@@ -1,6 +1,6 @@
-"""The only two ways in which a job's row and its history change together.
+"""The only ways in which a job's row and its history change together.
 
-`move` takes a job to another state, `append` adds an event; both belong into the caller's
+`begin` makes a job, `move` takes it to another state, `append` adds an event; all belong into the caller's
 transaction, so a row and its history cannot disagree.
 """
 
@@ -15,6 +15,17 @@ from recoup_jobs.scrubber import scrubbed
 from recoup_jobs.tables import events, jobs, now
 
 EventType = Literal["state", "stage", "metric", "log"]
+
+
+_NEW_JOB = insert(jobs).values(created_at=now(), last_seq=1).returning(jobs)
+_FIRST_EVENT = insert(events).values(at=now(), seq=1, epoch=0, type="state")
+
+
+def begin(conn: Connection, row: dict[str, Any]) -> Row[Any]:
+    """A queued job and its first event, by two statements that were built once."""
+    job = conn.execute(_NEW_JOB, {"state": "queued"} | row).one()
+    conn.execute(_FIRST_EVENT, {"job_id": job.id, "data": {"state": "queued", "from": None}})
+    return job
 
 
 def move(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
-from sqlalchemy import Connection, Engine, Row, and_, insert, or_, select, update
+from sqlalchemy import Connection, Engine, Row, and_, bindparam, insert, or_, select, update
 
 from recoup.schemas import (
     ChangeRecovery,
@@ -28,7 +28,7 @@ from recoup_jobs.database import READ_ONLY, connect, migrate, patiently
 from recoup_jobs.errors import BadRequest, Conflict, NotFound, PreconditionFailed
 from recoup_jobs.failures import judge
 from recoup_jobs.filters import EVERY, Wanted
-from recoup_jobs.history import EventType, append, move
+from recoup_jobs.history import EventType, append, begin, move
 from recoup_jobs.kinds import JOB_ID, PREFIXES, JobKind, kind_of, new_id
 from recoup_jobs.pages import page
 from recoup_jobs.settings import Settings
@@ -78,21 +78,16 @@ class Ledger:
         kind: JobKind = "recovery",
     ) -> Recovery:
         """A queued job; what `also` writes is there with it, or neither is."""
-        id = new_id(kind)
         row = {
-            "id": id,
-            "state": "queued",
+            "id": new_id(kind),
             "request": request.model_dump_json(),
             "priority": request.priority,
             "queue": queue,
             "tenant": tenant,
-            "created_at": now(),
             "traceparent": tracing.traceparent(),
         }
         with self.engine.begin() as conn:
-            conn.execute(insert(jobs).values(row))
-            append(conn, id, 0, "state", {"state": "queued", "from": None})
-            recovery = _recovery(_job(conn, id))
+            recovery = _recovery(begin(conn, row))
             also(conn, recovery)
             return recovery
 
@@ -311,9 +306,13 @@ class Ledger:
         patiently(write, PATIENCE_SECONDS)
 
 
+_JOB = select(jobs).where(jobs.c.id == bindparam("id"))
+_LOCKED_JOB = _JOB.with_for_update()
+
+
 def _job(conn: Connection, id: str, lock: bool = False) -> Row[Any]:
-    query = select(jobs).where(jobs.c.id == id)
-    job = conn.execute(query.with_for_update() if lock else query).first() if JOB_ID.fullmatch(id) else None
+    query = _LOCKED_JOB if lock else _JOB
+    job = conn.execute(query, {"id": id}).first() if JOB_ID.fullmatch(id) else None
     if job is None:
         kind = kind_of(id)
         raise NotFound(f"{kind}_not_found", f"there is no {kind} of this id")

@@ -212,7 +212,8 @@ def _check_layers(findings: Findings, request: CreateRecovery, student: Model) -
 
 def _check_data(findings: Findings, request: CreateRecovery, shelf: Shelf) -> None:
     with findings.at("/prompts/builtin" if isinstance(request.prompts, BuiltinPrompts) else "/prompts/file"):
-        _require_enough(shelf.prompts(request.prompts))
+        if isinstance(request.prompts, FilePrompts):  # of the built-in ones there are enough
+            _require_enough(shelf.prompts(request.prompts))
         if request.method.type in FROM_REFERENCES:
             with findings.at("/method/type"):
                 _require_a_reference(request.method.type, shelf.prompts(request.prompts))

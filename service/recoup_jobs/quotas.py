@@ -1,6 +1,6 @@
 """How much one tenant may have at a time. Checked before work is taken on, not to the last byte."""
 
-from sqlalchemy import func, select
+from sqlalchemy import bindparam, func, select
 
 from recoup_jobs.catalog import LIVE_STATES
 from recoup_jobs.errors import TooMany
@@ -8,13 +8,13 @@ from recoup_jobs.ledger import Ledger
 from recoup_jobs.tables import files, jobs
 
 LATER_SECONDS = 60
+_LIVE = select(func.count()).where(jobs.c.tenant == bindparam("tenant"), jobs.c.state.in_(LIVE_STATES))
 
 
 def require_room_for_job(ledger: Ledger, tenant: str, most: int) -> None:
     """`most` recoveries that have not ended."""
-    live = select(func.count()).where(jobs.c.tenant == tenant, jobs.c.state.in_(LIVE_STATES))
     with ledger.reading() as conn:
-        if conn.execute(live).scalar_one() >= most:
+        if conn.execute(_LIVE, {"tenant": tenant}).scalar_one() >= most:
             message = f"{most} recoveries wait or run already; wait for one to end"
             raise TooMany("quota_exceeded", message, LATER_SECONDS)
 

@@ -6,8 +6,10 @@ headers are read; nothing here, and nothing that passed here, makes a loader run
 a model brought along (CVE-2026-4372: `config.json` alone was enough).
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +62,17 @@ class ModelFolder:
 
 def locate(source: str, roots: Sequence[Path]) -> ModelFolder:
     """The folder that `source` names: relative to a root, or absolute and below one."""
-    for root in (root.resolve() for root in roots):
-        path = (root / source).resolve()
-        if _is_folder(path) and path != root and path.is_relative_to(root):
+    for root in map(_resolved, roots):
+        path = Path(os.path.realpath(root / source))
+        if path != root and path.is_relative_to(root) and _is_folder(path):
             return ModelFolder(root, path)
     raise Unprocessable("model_not_found", f"{source} is no folder below a model root of this server")
+
+
+@lru_cache(maxsize=64)
+def _resolved(root: Path) -> Path:
+    """Roots are the operator's own, and stay where they are while the service runs."""
+    return root.resolve()
 
 
 def _is_folder(path: Path) -> bool:

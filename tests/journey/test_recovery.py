@@ -41,6 +41,10 @@ def test_a_recovery_goes_all_the_way_to_its_report(client: Client, submit: Submi
     assert report.measures[0].name == "kl" and report.measures[0].after is not None
     assert report.training is not None and report.training.steps == 12
     assert 24 <= report.splits.test <= 32 and report.splits.test_kinds
+    assert report.cost.estimate is not None and report.cost.estimate.memory_bytes > 0
+    again = client.recoveries.dry_run(**client.recoveries.get(id).request.model_dump(exclude_unset=True))
+    assert again.findings == [] and again.estimate is not None
+    assert again.estimate.seconds is not None and again.estimate.calibrated_on >= 1
     files = client.recoveries.download(id, tmp_path / "results")
     names = {path.relative_to(tmp_path / "results").as_posix() for path in files}
     assert {"report.json", "report.html", "alignment.png"} <= names

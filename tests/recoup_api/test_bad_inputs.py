@@ -1,10 +1,13 @@
 """What must never get in, each with the reply it gets. Nothing here may be a 5xx, or leave a row behind."""
 
 import gzip
+import hashlib
+import io
 import itertools
 import json
 import re
 import socket
+import tarfile
 import threading
 import time
 import zlib
@@ -282,6 +285,39 @@ def test_gzip_that_is_none_or_too_much(upload, content, status, code):
 def test_a_content_that_is_not_the_declared_one(upload):
     refused = upload(b'{"prompt": "x"}', sha256="0" * 64)
     assert (refused.status_code, refused.json()["code"]) == (400, "checksum_mismatch")
+
+
+def tar(*members):
+    """A tar file of (name, link or None)."""
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as archive:
+        for name, link in members:
+            entry = tarfile.TarInfo(name)
+            entry.type, entry.linkname = (tarfile.SYMTYPE, link) if link else (tarfile.REGTYPE, "")
+            archive.addfile(entry, io.BytesIO())
+    return content.getvalue()
+
+
+ARCHIVES = tar(("../../evil", None)), tar(("data.jsonl", "/etc/passwd")), gzip.compress(tar(("a", None)))
+
+
+@pytest.mark.parametrize("content", ARCHIVES, ids=["outside", "link", "packed"])
+def test_an_archive_is_no_data_set(upload, content):
+    refused = upload(content)
+    assert (refused.status_code, refused.json()["code"]) == (422, "invalid_dataset")
+
+
+def test_an_upload_that_goes_on_with_other_bytes(client, upload):
+    first, other = b'{"prompt": "a"}\n{"prompt": "b"}\n', b'{"prompt": "a"}\n{"prompt": "c"}\n'
+    sha256 = hashlib.sha256(first).hexdigest()
+    half = upload(first[:20], sha256=sha256)
+    assert (half.status_code, half.json()["code"]) == (400, "checksum_mismatch")
+    refused = upload(other, sha256=sha256)
+    assert (refused.status_code, refused.json()["code"]) == (400, "checksum_mismatch")
+    keyed = {"data": {"purpose": "fine-tune"}, "headers": {"idempotency-key": "one"}}
+    assert client.post("/v1/files", files={"file": ("a.jsonl", first)}, **keyed).status_code == 200
+    again = client.post("/v1/files", files={"file": ("a.jsonl", other)}, **keyed)
+    assert (again.status_code, again.json()["code"]) == (422, "idempotency_key_reused")
 
 
 @pytest.mark.parametrize("fields", [{"purpose": ""}, {"purpose": "A B"}, {"sha256": "x"}])

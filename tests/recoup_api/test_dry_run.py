@@ -90,6 +90,13 @@ def test_a_body_that_is_none_is_refused_all_the_same(client, body):
     assert client.post("/v1/recoveries?dry_run=maybe", json=body).status_code == 422
 
 
+@pytest.mark.parametrize("key", ["", "a b", "k" * 256])
+def test_a_key_that_is_none_is_refused_here_too(client, body, key):
+    headers = {"idempotency-key": key}
+    refused = client.post("/v1/recoveries?dry_run=true", json=body, headers=headers)
+    assert (refused.status_code, refused.json()["code"]) == (400, "invalid_idempotency_key")
+
+
 def test_more_steps_take_more(dry_run, body):
     few, many = (dry_run(body | {"training": {"steps": steps}}).estimate for steps in (8, 800))
     assert few.tokens < many.tokens

@@ -117,6 +117,24 @@ def test_a_job_is_followed_to_its_end(client, ledger, file):
     assert checkpoints[0].metrics.valid_loss == pytest.approx(1 / 30)
 
 
+def test_a_job_is_paused_and_goes_on(client, ledger, file):
+    job = client.fine_tuning.jobs.create(model="gpt-4o-mini", training_file=file.id)
+    assert client.fine_tuning.jobs.pause(job.id).status == "queued"
+    assert ledger.get(job.id).state == "paused" and ledger.due(60) == []
+    assert client.fine_tuning.jobs.resume(job.id).status == "queued"
+    assert ledger.get(job.id).state == "queued"
+    with pytest.raises(openai.ConflictError):
+        client.fine_tuning.jobs.resume(job.id)
+
+
+def test_jobs_are_listed_by_their_metadata(client, file):
+    red, _ = (
+        client.fine_tuning.jobs.create(model="gpt-4o-mini", training_file=file.id, metadata={"team": team})
+        for team in ("red", "blue")
+    )
+    assert [job.id for job in client.fine_tuning.jobs.list(metadata={"team": "red"})] == [red.id]
+
+
 def test_a_job_is_cancelled_and_listed(client, file):
     jobs = [client.fine_tuning.jobs.create(model="student", training_file=file.id).id for _ in range(3)]
     assert client.fine_tuning.jobs.cancel(jobs[0]).status == "cancelled"
