@@ -54,6 +54,7 @@ class Reconciler:
         self._known: dict[tuple[str, str], tuple[Placed, float]] = {}
         """By deployment and server: what was found, and when it was last proven."""
         self._name = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+        self._leading, self._ask_at = False, 0.0
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="reconciler", daemon=True)
 
@@ -99,7 +100,11 @@ class Reconciler:
             self._ledger.resign(ROLE, self._name)
 
     def _leads(self) -> bool:
-        return self._ledger.lead(ROLE, self._name, LEAD_SECONDS)
+        """Asked for again long before it runs out."""
+        if time.monotonic() >= self._ask_at:
+            self._leading = self._ledger.lead(ROLE, self._name, LEAD_SECONDS)
+            self._ask_at = time.monotonic() + LEAD_SECONDS / 20
+        return self._leading
 
     def _look(self, url: str) -> Seen | None:
         try:

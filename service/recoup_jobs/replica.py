@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from recoup.schemas import JobError, ProbeRow
 
@@ -18,6 +19,19 @@ SOCKET = "unix:"
 LONGEST_WORDS = 300
 WHOLE_MODELS = "recoup-engine"
 """Who owns a model by the words of the local engine, which loads whole models beside adapters."""
+
+
+class Card(BaseModel):
+    """As much of an entry of `/v1/models` as is read."""
+
+    id: str
+    root: str | None = None
+    parent: str | None = None
+    """Of an adapter: the model that it changes."""
+    owned_by: str | None = None
+
+
+Cards = TypeAdapter(list[Card])
 
 
 class Away(Exception):
@@ -62,12 +76,16 @@ class Replica:
         self._http.close()
 
     def look(self) -> Seen:
-        cards = self._answer("GET", "/v1/models", None, LOOK_SECONDS).get("data", [])
-        whole = [card for card in cards if not card.get("parent")]
+        listed = self._answer("GET", "/v1/models", None, LOOK_SECONDS)
+        try:
+            cards = Cards.validate_python(listed.get("data"))
+        except ValidationError:
+            raise Away("its list of models cannot be read") from None
+        whole = [card for card in cards if not card.parent]
         return Seen(
-            bases={card["id"]: card.get("root") or card["id"] for card in whole},
-            adapters=frozenset(card["id"] for card in cards if card.get("parent")),
-            takes_models=any(card.get("owned_by") == WHOLE_MODELS for card in whole),
+            bases={card.id: card.root or card.id for card in whole},
+            adapters=frozenset(card.id for card in cards if card.parent),
+            takes_models=any(card.owned_by == WHOLE_MODELS for card in whole),
         )
 
     def load(self, name: str, folder: Path) -> None:
