@@ -13,7 +13,8 @@ WORKDIR /src
 # The largest part and what changes rarely come first: a change of the code installs nothing anew.
 COPY deploy/docker/build.lock deploy/docker/worker.lock ./
 RUN python -m venv /opt/build && /opt/build/bin/pip install --require-hashes -r build.lock
-RUN python -m venv /opt/recoup && /opt/recoup/bin/pip install --require-hashes -r worker.lock
+# --no-deps: the list is whole but for torch, which others ask for and which comes next.
+RUN python -m venv /opt/recoup && /opt/recoup/bin/pip install --no-deps --require-hashes -r worker.lock
 ARG TORCH=torch==2.13.0
 ARG TORCH_INDEX=
 RUN /opt/recoup/bin/pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$TORCH"

@@ -6,6 +6,8 @@ model goes through them. Two environments are installed, one of them with torch:
 
     export RECOUP_TEST_PYTHON312=python3.12 RECOUP_TEST_TORCH=torch==2.13.0+cpu
     pytest -m slow tests/deploy/test_replay.py
+
+`RECOUP_TEST_IMAGES` names a folder in which the environments are kept, and taken from the next time.
 """
 
 import contextlib
@@ -76,23 +78,19 @@ class Image:
 def images(root, tmp_path_factory):
     if not shutil.which(PYTHON):
         pytest.skip(f"there is no {PYTHON}, the Python of the images' base")
-    return {name: replayed(root, name, tmp_path_factory.mktemp(name)) for name in ("api", "worker")}
+    kept = Path(os.environ.get("RECOUP_TEST_IMAGES") or tmp_path_factory.mktemp("images"))
+    return {name: replayed(root, name, kept / name) for name in ("api", "worker")}
 
 
 def replayed(root, name, folder):
-    command = [
-        sys.executable,
-        root / "deploy/replay.py",
-        name,
-        folder,
-        "--python",
-        PYTHON,
-        "--arg",
-        f"TORCH={TORCH}",
-    ]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert done.returncode == 0, (folder / "build.log").read_text()[-4000:]
-    return Image(folder, **json.loads(done.stdout))
+    note = folder / "image.json"
+    if not note.exists():
+        command = [sys.executable, root / "deploy/replay.py", name, folder]
+        command += ["--python", PYTHON, "--arg", f"TORCH={TORCH}"]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        assert done.returncode == 0, (folder / "build.log").read_text()[-4000:]
+        note.write_text(done.stdout)
+    return Image(folder, **json.loads(note.read_text()))
 
 
 @pytest.fixture(scope="module")
