@@ -47,6 +47,8 @@ tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, **special)
 shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
 set_seed(0)
 model = LlamaForCausalLM(LlamaConfig(vocab_size=len(words), pad_token_id=0, eos_token_id=1, **shape))
+for weight in model.parameters():
+    weight.data.mul_(4.0)  # random weights as they come say nearly the same to everything
 for name, noise in (("teacher", 0.0), ("student", 0.4)):
     for weight in model.parameters():
         weight.data.add_(weight.data.std() * noise * weight.data.new_empty(weight.shape).normal_())

@@ -86,12 +86,9 @@ def batch_sums(batch: Batch, layer_map: Sequence[tuple[int, int]], group: int, g
     if len(bounds) < 3:
         raise ValueError("A batch needs the tokens of at least two texts.")
     x_LP, y_MP = _gram_rows(batch.x_LND, bounds), _gram_rows(batch.y_MND, bounds)
-    rows, columns = (list(side) for side in zip(*layer_map, strict=True))
-    every = [
-        _dot(x_LP[rows], y_MP[columns]),
-        _dot(x_LP[rows], x_LP[rows]),
-        _dot(y_MP[columns], y_MP[columns]),
-    ]
+    mine, theirs = zip(*layer_map, strict=True)
+    x_KP, y_KP = _named(x_LP, mine), _named(y_MP, theirs)
+    every = [_dot(x_KP, y_KP), _dot(x_KP, x_KP), _dot(y_KP, y_KP)]
     if not batch.kept_N.all():
         lost_P = ~_pairs_kept(batch.kept_N, bounds)
         x_LP[:, lost_P] = y_MP[:, lost_P] = 0.0
@@ -163,6 +160,11 @@ def _pairs_kept(kept_N: Tensor, bounds: Sequence[int]) -> Tensor:
             for start, middle, end in _blocks(bounds)
         ]
     )
+
+
+def _named(rows_LP: Tensor, layers: tuple[int, ...]) -> Tensor:
+    """The rows of these layers; without a copy where they are all of them, in order."""
+    return rows_LP if layers == tuple(range(len(rows_LP))) else rows_LP[list(layers)]
 
 
 def _dot(a_LP: Tensor, b_LP: Tensor) -> Array:
