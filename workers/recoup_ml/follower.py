@@ -1,6 +1,7 @@
 """A process that trains beside the one that leads: `python -m recoup_ml.follower <place> <rank> <size>`."""
 
 import contextlib
+import os
 import sys
 from pathlib import Path
 
@@ -30,6 +31,7 @@ def main() -> None:
         torch.cuda.set_device(rank)
     brief = Brief.read(place / BRIEF)
     print("ready", flush=True)
+    os.dup2(2, 1)  # nobody reads on: what else is printed belongs into the log
     with joined(place, rank, size) as team, contextlib.suppress(Interrupted):
         distil.train(brief, Quiet(), team)
 
