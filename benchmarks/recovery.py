@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from recoup_ml import durable
+
 ROWS = Path(__file__).with_name("recovery.jsonl")
 PACKAGE = "llamafactory==0.9.5"
 MEMBER = "data/alpaca_en_demo.json"
@@ -137,17 +139,25 @@ def run_cell(stage: str, name: str, method: str, seed: int, home: Path) -> dict[
         vllm_urls=(),
     )
     began = time.monotonic()
-    journal = FolderJournal(home / "runs" / run.job_id, home / "shared" / f"{stage}-{name}-{seed}")
+    journal = FolderJournal(
+        home / "runs" / run.job_id,
+        home / "shared" / f"{stage}-{name}-{seed}",
+        {"teacher": home / "answered" / "teacher", "student": home / "answered" / name},
+    )
     recover(run, journal)
     report = json.loads((journal.place / "artifacts" / "report.json").read_text())
     return row(stage, name, method, seed, report, time.monotonic() - began)
 
 
 class FolderJournal:
-    """A journal of folders. The diagnosis, alike for all cells of a damage, is made once and shared."""
+    """A journal of folders.
 
-    def __init__(self, place: Path, shared: Path) -> None:
-        self.place, self._shared = place, shared
+    What cells have in common is made once, and its minutes count in no later cell: the diagnosis, alike
+    for all cells of a damage, and the batches that a model has answered, by the model's name.
+    """
+
+    def __init__(self, place: Path, shared: Path, answered: dict[str, Path]) -> None:
+        self.place, self._shared, self._answered = place, shared, answered
         self._seconds: dict[str, float] = {}
 
     def stage(self, name: str, work: Callable[[Path], None]) -> Path:
@@ -155,11 +165,21 @@ class FolderJournal:
         if not folder.exists():
             began = time.monotonic()
             aside = folder.with_name(f".{name}")
-            aside.mkdir(parents=True, exist_ok=True)
+            (aside / durable.UNFINISHED).mkdir(parents=True, exist_ok=True)
+            if name == "generate":
+                self._take_up(aside / durable.UNFINISHED)
             work(aside)
             aside.rename(folder)
             self._seconds[name] = time.monotonic() - began
         return folder
+
+    def _take_up(self, unfinished: Path) -> None:
+        """What others were answered lies where a stage that goes on looks for its own."""
+        for model, folder in self._answered.items():
+            folder.mkdir(parents=True, exist_ok=True)
+            link = unfinished / model
+            link.unlink(missing_ok=True)
+            link.symlink_to(folder.absolute())
 
     def progress(self, done: int, total: int, unit: str) -> None:
         print(f"\r{self.place.name}: {done} of {total} {unit}   ", end="", file=sys.stderr)
