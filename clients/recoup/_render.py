@@ -168,11 +168,12 @@ def deployment_lines(one: Deployment) -> list[str]:
 
 
 def dry_run_lines(found: DryRun) -> list[str]:
-    """What would be done, what it would cost, and what it would be refused for."""
+    """What would be done, what it would cost, what it would be refused for, and what is to be known."""
     return [
         *(clean(f"{choice.name}: {choice.value} ({choice.why})") for choice in found.plan),
         *([f"estimate: {estimate_line(found.estimate)}"] if found.estimate else []),
         *(clean(f"refused: {item.pointer or '/'}: {item.message}") for item in found.findings),
+        *(clean(f"warning: {item.pointer or '/'}: {item.message}") for item in found.warnings),
     ]
 
 
