@@ -46,6 +46,8 @@ REQUEST: dict[str, Any] = {
 
 TEACHER_TOKENS = 2048
 """Longest sequence that vLLM takes: `training.max_length` and more."""
+MADE_HERE = {"made_by": "recoup-server demo"}
+"""Tells the demo's recoveries from others in the same home."""
 KEPT_TICKETS, KEPT_SEED = 256, 1
 """Other tickets than those the student was tuned on."""
 
@@ -151,7 +153,10 @@ def _recover(client: Client, damage: str, settings: Settings, console: Console) 
     fields = dict(REQUEST)
     if damage == "finetuning":
         fields["keep"] = {"file": client.files.create(_tickets(settings.home / "tickets.jsonl")).id}
-    recovery = client.recoveries.create(student=student_name(damage), teacher=HEALTHY, **fields)
+    _cancel_leftovers(client)
+    recovery = client.recoveries.create(
+        student=student_name(damage), teacher=HEALTHY, metadata=MADE_HERE, **fields
+    )
     console.print(f"submitted {recovery.id}")
     try:
         recovery = watch(client, recovery.id, console)
@@ -162,6 +167,13 @@ def _recover(client: Client, damage: str, settings: Settings, console: Console) 
         return None
     _show(client, recovery, settings.home / "results" / recovery.id, console)
     return recovery
+
+
+def _cancel_leftovers(client: Client) -> None:
+    """What a demo that was broken off left in this home: this one would wait behind it."""
+    for state in ("queued", "running", "paused"):
+        for job in client.recoveries.list(state=state, metadata=MADE_HERE):
+            client.recoveries.cancel(job.id)
 
 
 def _tickets(path: Path) -> Path:

@@ -133,21 +133,24 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(student: Path, home: Path, free_port: int) -> Iterator[Server]:
-    os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
-    server = Server(student, free_port, home)
-    server.start()
-    yield server
-    server.stop()
-    del os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"]
+def server(student: Path, home: Path, free_port: int, settings: Settings) -> Iterator[Server]:
+    """With the resolver of docker-compose.yml beside the route."""
+    settings.deployments_dir.mkdir(parents=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_PLUGINS", "lora_filesystem_resolver")
+        patch.setenv("VLLM_LORA_RESOLVER_CACHE_DIR", str(settings.deployments_dir))
+        server = Server(student, free_port, home)
+        server.start()
+        yield server
+        server.stop()
 
 
 @pytest.fixture(scope="module")
-def settings(home: Path, server: Server) -> Settings:
+def settings(home: Path, free_port: int) -> Settings:
     return Settings(
         home=home / "service",
         model_roots=[home / "models"],
-        serve_urls=[server.url],
+        serve_urls=[f"http://127.0.0.1:{free_port}"],
         reconcile_seconds=0.5,
         probe_seconds=5,
     )
@@ -193,7 +196,7 @@ def hand_over(source: Path, id: str, settings: Settings) -> str:
 
 
 @pytest.fixture(scope="module")
-def settled(ledger: Ledger, settings: Settings) -> Iterator[Callable[..., Deployment]]:
+def settled(ledger: Ledger, settings: Settings, server: Server) -> Iterator[Callable[..., Deployment]]:
     """The deployment once it is as asked."""
     reconciler = Reconciler(ledger, settings, drain_seconds=0.5)
     reconciler.start()
@@ -341,6 +344,19 @@ def test_a_spoilt_adapter_is_never_served(
     assert found.reason.code in codes
     with contextlib.closing(Replica(server.url)) as replica:
         assert found.id not in replica.look().adapters
+
+
+def test_a_vllm_with_the_resolver_finds_a_deployments_folder_by_its_name(
+    live: Deployment, server: Server, settings: Settings, adapter: Path
+) -> None:
+    name = f"dep_{'f' * 24}"
+    shutil.copytree(settings.deployments_dir / live.id, settings.deployments_dir / name)
+    rows = EffectProbe.model_validate_json((adapter / "probe.json").read_bytes()).rows
+    with contextlib.closing(Replica(server.url)) as replica:
+        found = replica.log_probabilities(name, rows)
+        assert found == pytest.approx([row.recovered for row in rows], abs=1e-3)
+        assert name in replica.look().adapters
+        replica.unload(name)
 
 
 def test_an_adapter_unloaded_behind_our_back_comes_back(
