@@ -131,7 +131,20 @@ def _deploy(
             f"asked by the openai package: {QUESTION}\nanswered: {answer.choices[0].message.content}"
         )
         client.deployments.delete(deployment.id)
+    _invite(recovery, settings, console)
     return True
+
+
+def _invite(recovery: Recovery, settings: Settings, console: Console) -> None:
+    """How to go on with what was recovered: the demo takes everything down that it started."""
+    here = Path(sys.executable).parent
+    lines = [
+        "serve it again, and talk to it in another terminal:",
+        f"  {here / 'recoup-server'} up --home {settings.home}",
+        f"  {here / 'recoup'} deploy {recovery.id} --name {DEPLOYED}",
+        f"  {here / 'recoup'} chat {DEPLOYED} '{QUESTION}'",
+    ]
+    console.print("\n".join(lines), soft_wrap=True, highlight=False)
 
 
 def student_name(damage: str) -> str:
@@ -185,10 +198,10 @@ def _tickets(path: Path) -> Path:
 def _show(client: Client, recovery: Recovery, folder: Path, console: Console) -> None:
     print_verdict(client.recoveries.report(recovery.id), console)
     client.recoveries.download(recovery.id, folder)
-    console.print(f"report: {folder / 'report.html'}")
+    console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
     for kind in ("adapter", "model"):
         if (folder / kind).exists():
-            console.print(f"{kind}: {folder / kind}")
+            console.print(f"{kind}: {folder / kind}", soft_wrap=True)
 
 
 def _free_port() -> int:
