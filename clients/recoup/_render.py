@@ -162,6 +162,9 @@ def deployment_lines(one: Deployment) -> list[str]:
     lines = [clean(f"{one.id} {one.state}: {one.name}, of {one.lineage.recovery}")]
     if one.reason:
         lines.append(clean(f"{one.reason.message} ({one.reason.code})"))
+    if one.state == "pending" and one.reason and one.kind == "model":
+        folder = f"<RECOUP_HOME>/{one.launch.arguments[0]}"
+        lines.append(clean(f"start it with: recoup-server teacher --model {folder} --port …"))
     if one.state == "live":
         lines.append(clean(f"ask it with: recoup chat {one.name} '…', or as model {one.name} at /v1"))
     return lines
