@@ -78,7 +78,7 @@ $(VENV)/.demo: $(VENV)/.base
 # An environment apart: vLLM's pins exclude the worker's.
 $(VLLM_VENV)/.made: deploy/vllm/requirements.txt deploy/vllm/environment.sh
 	@echo "== environment: $(VLLM_VENV) with vLLM =="
-	deploy/vllm/environment.sh $(VLLM_VENV) $(PYTHON)
+	$(if $(TORCH_INDEX),PIP_EXTRA_INDEX_URL="$(TORCH_INDEX)") deploy/vllm/environment.sh $(VLLM_VENV) $(PYTHON)
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo

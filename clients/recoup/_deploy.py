@@ -28,7 +28,7 @@ def deploy(
     with connected(json) as client:
         made = client.deployments.create(id, name=name)
         if wait:
-            made = client.deployments.wait(made.id)
+            made = client.deployments.wait(made.id, on_change=_say)
         _show(made, json)
 
 
@@ -85,6 +85,11 @@ def _turn(
         echo({"answer": answer})
     else:
         typer.echo(_render.clean(answer))
+
+
+def _say(deployment: Deployment) -> None:
+    """On stderr, so that stdout holds the answer alone."""
+    typer.echo("\n".join(_render.deployment_lines(deployment)), err=True)
 
 
 def _show(deployment: Deployment, json: bool) -> None:

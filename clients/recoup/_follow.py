@@ -125,14 +125,21 @@ class Following(Generic[J]):
                 yield Sleep(outage.pause(failed))
 
 
-def wait_for_deployment(id: str, timeout: float | None = None) -> Flow[Deployment]:
+def wait_for_deployment(
+    id: str, timeout: float | None = None, on_change: Callback[Deployment] | None = None
+) -> Flow[Deployment]:
     """The deployment once it is live. Outlives a restart of the server.
 
+    `on_change` is called with what is not live yet, whenever its state or its reason is another.
     Raises DeploymentFailedError if it failed or was withdrawn, WaitTimeoutError after `timeout` seconds.
     """
     deadline = math.inf if timeout is None else WORLD.clock() + timeout
     deployment = yield from send(_calls.get_deployment(id))
+    told = None
     while deployment.state in {"pending", "probing"}:
+        if on_change and (deployment.state, deployment.reason) != told:
+            told = deployment.state, deployment.reason
+            yield Tell(on_change, deployment)
         if WORLD.clock() >= deadline:
             raise WaitTimeoutError(deployment)
         yield Sleep(LOOK)

@@ -162,17 +162,21 @@ def deployment_lines(one: Deployment) -> list[str]:
     lines = [clean(f"{one.id} {one.state}: {one.name}, of {one.lineage.recovery}")]
     if one.reason:
         lines.append(clean(f"{one.reason.message} ({one.reason.code})"))
+    if one.state == "pending" and one.reason and one.kind == "model":
+        folder = f"<RECOUP_HOME>/{one.launch.arguments[0]}"
+        lines.append(clean(f"start it with: recoup-server teacher --model {folder} --port …"))
     if one.state == "live":
         lines.append(clean(f"ask it with: recoup chat {one.name} '…', or as model {one.name} at /v1"))
     return lines
 
 
 def dry_run_lines(found: DryRun) -> list[str]:
-    """What would be done, what it would cost, and what it would be refused for."""
+    """What would be done, what it would cost, what it would be refused for, and what is to be known."""
     return [
         *(clean(f"{choice.name}: {choice.value} ({choice.why})") for choice in found.plan),
         *([f"estimate: {estimate_line(found.estimate)}"] if found.estimate else []),
         *(clean(f"refused: {item.pointer or '/'}: {item.message}") for item in found.findings),
+        *(clean(f"warning: {item.pointer or '/'}: {item.message}") for item in found.warnings),
     ]
 
 

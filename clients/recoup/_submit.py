@@ -74,6 +74,9 @@ def _asked(
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
     priority: Annotated[int | None, typer.Option(help="The highest is claimed first.")] = None,
     name: Annotated[str | None, typer.Option(help="Of the recovered model.")] = None,
+    servable: Annotated[
+        bool | None, typer.Option("--servable", help="Refuse what vLLM could not serve, before training.")
+    ] = None,
 ) -> Asked:
     fields = given(
         student={"source": student},
@@ -83,7 +86,7 @@ def _asked(
         training=given(mode=mode, steps=steps, learning_rate=learning_rate, batch_size=batch_size),
         generation=given(max_new_tokens=max_new_tokens),
         evaluation=given(tasks=[spec for spec, _ in map(task_of, task or [])] or None),
-        output=given(name=name),
+        output=given(name=name, servable=servable),
         seed=seed,
         priority=priority,
     )

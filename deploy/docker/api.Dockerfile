@@ -32,7 +32,7 @@ FROM python:3.12.14-slim-trixie AS image
 ENV PATH=/opt/recoup/bin:$PATH HOME=/tmp RECOUP_HOME=/var/lib/recoup PYTHONUNBUFFERED=1
 RUN groupadd --gid 10001 recoup \
     && useradd --uid 10001 --gid recoup --home-dir /tmp --no-create-home --shell /usr/sbin/nologin recoup \
-    && install --directory --owner recoup --group recoup --mode 0700 /var/lib/recoup
+    && install --directory --owner recoup --group recoup --mode 0700 /var/lib/recoup /var/lib/recoup/deployments
 COPY --from=build /opt/recoup /opt/recoup
 USER 10001:10001
 EXPOSE 8321

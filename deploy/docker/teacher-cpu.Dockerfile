@@ -19,4 +19,5 @@ RUN groupadd --gid 10001 vllm \
 COPY --from=build /opt/vllm /opt/vllm
 USER 10001:10001
 EXPOSE 8000
-ENTRYPOINT ["vllm", "serve"]
+# `vllm serve` asks for the release's own name, which this build does not have.
+ENTRYPOINT ["python", "-m", "vllm.entrypoints.openai.api_server"]

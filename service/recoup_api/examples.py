@@ -51,6 +51,13 @@ DRY_RUN = {
             "message": "there is no file of this id; upload one with POST /v1/files",
         }
     ],
+    "warnings": [
+        {
+            "pointer": "/output/kind",
+            "code": "base_not_servable",
+            "message": "vLLM loads no weights packed by hqq; use output.kind merged where that can be",
+        }
+    ],
     "estimate": {
         "tokens": 412_000,
         "memory_bytes": 3_400_000_000,

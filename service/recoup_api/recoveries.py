@@ -16,7 +16,7 @@ from recoup.schemas import (
 )
 from recoup_api.body import RecoveryBody, documented
 from recoup_api.downloads import Download
-from recoup_api.dry_run import foresee
+from recoup_api.dry_run import foresee, require_servable
 from recoup_api.examples import REQUEST
 from recoup_api.idempotency import IdempotencyKey, Keep, answer_once, require_key
 from recoup_api.jobs import NOT_OUR_PAGE, ByAccept, Kind, add_to, published
@@ -69,7 +69,7 @@ def create(
     dry_run: bool = False,
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
-    """With `dry_run` nothing is queued: the answer is plan, findings and estimate."""
+    """With `dry_run` nothing is queued: the answer is plan, findings, warnings and estimate."""
     if dry_run:
         require_key(idempotency_key)
         found = foresee(body, ledger, settings, caller.tenant, inspections)
@@ -77,7 +77,8 @@ def create(
 
     def make(keep: Keep) -> Answer:
         require_room_for_job(ledger, caller.tenant, settings.max_live_jobs)
-        preflight(body, ledger, settings, caller.tenant, inspections)
+        seen = preflight(body, ledger, settings, caller.tenant, inspections)
+        require_servable(body, seen, ledger, settings)
         return RECOVERY.accepted(
             ledger.create(
                 body, settings.queue, caller.tenant, lambda conn, job: keep(conn, RECOVERY.accepted(job))

@@ -8,7 +8,7 @@ no moment without, and the older one is kept for a rollback.
 
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,6 +149,16 @@ class Deployments:
         query = select(deployments.c.id, placements.c.replica).join(placements).where(*gone)
         with self._ledger.reading() as conn:
             return [(row.id, row.replica) for row in conn.execute(query)]
+
+    def over(self, ids: Collection[str], seconds: float) -> list[str]:
+        """Those of `ids` that ended so long ago and stand on no server."""
+        if not ids:
+            return []
+        gone = deployments.c.ended_at < now() - seconds, deployments.c.state.not_in(WANTED)
+        stands = deployments.c.id.in_(select(placements.c.deployment_id))
+        query = select(deployments.c.id).where(deployments.c.id.in_(ids), *gone, ~stands)
+        with self._ledger.reading() as conn:
+            return [*conn.execute(query).scalars()]
 
     def placed(self, id: str) -> list[str]:
         """The servers on which it stands."""

@@ -100,10 +100,12 @@ class PlannedTraining(Protocol):
     def mode(self) -> str: ...
     @property
     def rank(self) -> int: ...
+    @property
+    def targets(self) -> str | list[str]: ...
 
 
 class Planned(Protocol):
-    """What the estimate needs of a plan (`recoup_ml.plan.Plan`)."""
+    """What is read here, and by `servability.py`, of a plan (`recoup_ml.plan.Plan`)."""
 
     @property
     def phases(self) -> Sequence[PlannedPhase]: ...

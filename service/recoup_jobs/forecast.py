@@ -15,6 +15,7 @@ from recoup.schemas import (
     Damage,
     DamageReport,
     FilePrompts,
+    ProblemItem,
     Prompt,
     Stage,
 )
@@ -26,6 +27,7 @@ from recoup_jobs.estimate import Amounts, Need, Planned, Sizes, machine_of, need
 from recoup_jobs.inspection import Model
 from recoup_jobs.ledger import Ledger
 from recoup_jobs.preflight import DEPTH_KEYS, HIDDEN_SIZE_KEYS, config_value
+from recoup_jobs.servability import foreseen
 from recoup_jobs.settings import Settings
 
 UNTRAINED = "none"
@@ -46,6 +48,8 @@ class Forecast:
     mode: str
     parameters: int
     """Of the student."""
+    unservable: list[ProblemItem]
+    """Why vLLM could not serve what comes of it."""
 
     @property
     def work(self) -> dict[Stage, float]:
@@ -86,7 +90,7 @@ def forecast(
     ours, theirs = _sizes(student), _sizes(teacher)
     need = need_of(request, plan, ours, theirs, amounts, machine_of(settings.queue))
     mode = plan.trainable.mode if plan.phases else UNTRAINED
-    return Forecast([*plan.choices], need, mode, ours.parameters)
+    return Forecast([*plan.choices], need, mode, ours.parameters, foreseen(plan, student))
 
 
 def cost_of(found: Forecast, ledger: Ledger, queue: str) -> CostEstimate:

@@ -62,6 +62,11 @@ def place(deployment: Deployment, base: str, ledger: Ledger, settings: Settings)
     return folder
 
 
+def placed(settings: Settings) -> set[str]:
+    """The deployments that have a folder."""
+    return {folder.name for folder in settings.deployments_dir.glob("dep_*")}
+
+
 def clear(id: str, settings: Settings) -> None:
     """Removes a deployment's folder."""
     shutil.rmtree(settings.deployments_dir / id, ignore_errors=True)

@@ -17,6 +17,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 
 from recoup.schemas import Deployment, JobError
 from recoup_jobs import publication
@@ -76,14 +77,16 @@ class Reconciler:
         """One round."""
         wanted = self._deployments.wanted()
         ended = self._deployments.ended(self._drain_seconds)
+        self._clear_folders({deployment.id for deployment in wanted})
         if not wanted and not ended:
             return
         seen = {url: self._look(url) for url in self._replicas}
         for deployment in wanted:
             if self._stopping.is_set() or not self._leads():
                 return
+            hindrances = self._lay_out(deployment)
             found = [self._settle(deployment, url, seen[url]) for url in self._replicas]
-            self._conclude(deployment, [placed for placed in found if placed])
+            self._conclude(deployment, [placed for placed in found if placed], hindrances)
         for id, url in ended:
             self._clear(id, url, seen.get(url))
 
@@ -111,6 +114,16 @@ class Reconciler:
             return self._replicas[url].look()
         except (Away, Refused):
             return None
+
+    def _lay_out(self, deployment: Deployment) -> list[JobError]:
+        """Has a whole model lie there before any server has it, for vLLM is started on it; why it cannot."""
+        if deployment.kind == "adapter":
+            return []
+        try:
+            publication.place(deployment, deployment.id, self._ledger, self._settings)
+        except RecoupError as error:
+            return [_reason(error.code, error.message)]
+        return []
 
     def _settle(self, deployment: Deployment, url: str, seen: Seen | None) -> Placed | None:
         """What is to be noted of this server; None where it has nothing to do with the deployment."""
@@ -145,8 +158,9 @@ class Reconciler:
         replica = self._replicas[url]
         try:
             probe = publication.read_probe(self._ledger, self._settings, deployment.lineage.recovery)
+            is_adapter = deployment.kind == "adapter"
             if not is_there:
-                if publication.base_changed(deployment, probe, self._settings):
+                if is_adapter and publication.base_changed(deployment, probe, self._settings):
                     raise Refused(
                         _reason("base_changed", "The student is no longer the one that was trained.")
                     )
@@ -154,7 +168,6 @@ class Reconciler:
                     deployment.id, publication.place(deployment, base[1], self._ledger, self._settings)
                 )
             served = replica.log_probabilities(deployment.id, probe.rows)
-            is_adapter = deployment.kind == "adapter"
             student = replica.log_probabilities(base[0], probe.rows) if is_adapter else None
             why = verdict(probe, served, student)
         except Refused as refused:
@@ -168,8 +181,10 @@ class Reconciler:
             replica.unload(deployment.id)
         return Placed(url, "refused", why)
 
-    def _conclude(self, deployment: Deployment, found: Sequence[Placed]) -> None:
-        refusals = [placed.reason for placed in found if placed.state == "refused"]
+    def _conclude(
+        self, deployment: Deployment, found: Sequence[Placed], hindrances: Sequence[JobError]
+    ) -> None:
+        refusals = [*hindrances, *(placed.reason for placed in found if placed.state == "refused")]
         ready = any(placed.state == "ready" for placed in found)
         if deployment.state != "live" and refusals:
             self._deployments.move(deployment.id, "failed", refusals[0])
@@ -195,6 +210,11 @@ class Reconciler:
         if not self._deployments.placed(id):
             publication.clear(id, self._settings)
 
+    def _clear_folders(self, wanted: AbstractSet[str]) -> None:
+        """Of what ended before any server had it."""
+        for id in self._deployments.over(publication.placed(self._settings) - wanted, self._drain_seconds):
+            publication.clear(id, self._settings)
+
     def _forget(self, id: str, url: str) -> None:
         self._known.pop((id, url), None)
         self._deployments.remove(id, url)
@@ -214,7 +234,8 @@ def _base_of(deployment: Deployment, seen: Seen) -> tuple[str, str] | None:
 
 def _missing(deployment: Deployment, found: Sequence[Placed]) -> JobError:
     if found:
-        return _reason("replicas_away", "No server that could serve this answers.")
+        start = "; start a vLLM as `launch` says" if deployment.kind == "model" else ""
+        return _reason("replicas_away", f"No server that could serve this answers{start}.")
     what = "an engine or a vLLM started as `launch` says"
     if deployment.kind == "adapter":
         what = f"a server of {deployment.lineage.student}"

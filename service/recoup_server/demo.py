@@ -46,6 +46,8 @@ REQUEST: dict[str, Any] = {
 
 TEACHER_TOKENS = 2048
 """Longest sequence that vLLM takes: `training.max_length` and more."""
+MADE_HERE = {"made_by": "recoup-server demo"}
+"""Tells the demo's recoveries from others in the same home."""
 KEPT_TICKETS, KEPT_SEED = 256, 1
 """Other tickets than those the student was tuned on."""
 
@@ -129,7 +131,20 @@ def _deploy(
             f"asked by the openai package: {QUESTION}\nanswered: {answer.choices[0].message.content}"
         )
         client.deployments.delete(deployment.id)
+    _invite(recovery, settings, console)
     return True
+
+
+def _invite(recovery: Recovery, settings: Settings, console: Console) -> None:
+    """How to go on with what was recovered: the demo takes everything down that it started."""
+    here = Path(sys.executable).parent
+    lines = [
+        "serve it again, and talk to it in another terminal:",
+        f"  {here / 'recoup-server'} up --home {settings.home}",
+        f"  {here / 'recoup'} deploy {recovery.id} --name {DEPLOYED}",
+        f"  {here / 'recoup'} chat {DEPLOYED} '{QUESTION}'",
+    ]
+    console.print("\n".join(lines), soft_wrap=True, highlight=False)
 
 
 def student_name(damage: str) -> str:
@@ -151,7 +166,10 @@ def _recover(client: Client, damage: str, settings: Settings, console: Console) 
     fields = dict(REQUEST)
     if damage == "finetuning":
         fields["keep"] = {"file": client.files.create(_tickets(settings.home / "tickets.jsonl")).id}
-    recovery = client.recoveries.create(student=student_name(damage), teacher=HEALTHY, **fields)
+    _cancel_leftovers(client)
+    recovery = client.recoveries.create(
+        student=student_name(damage), teacher=HEALTHY, metadata=MADE_HERE, **fields
+    )
     console.print(f"submitted {recovery.id}")
     try:
         recovery = watch(client, recovery.id, console)
@@ -164,6 +182,13 @@ def _recover(client: Client, damage: str, settings: Settings, console: Console) 
     return recovery
 
 
+def _cancel_leftovers(client: Client) -> None:
+    """What a demo that was broken off left in this home: this one would wait behind it."""
+    for state in ("queued", "running", "paused"):
+        for job in client.recoveries.list(state=state, metadata=MADE_HERE):
+            client.recoveries.cancel(job.id)
+
+
 def _tickets(path: Path) -> Path:
     """The narrow skill that the fine-tuned student must keep, as a data set."""
     path.write_text("".join(f"{json.dumps(row)}\n" for row in ticket_rows(KEPT_TICKETS, KEPT_SEED)))
@@ -173,10 +198,10 @@ def _tickets(path: Path) -> Path:
 def _show(client: Client, recovery: Recovery, folder: Path, console: Console) -> None:
     print_verdict(client.recoveries.report(recovery.id), console)
     client.recoveries.download(recovery.id, folder)
-    console.print(f"report: {folder / 'report.html'}")
+    console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
     for kind in ("adapter", "model"):
         if (folder / kind).exists():
-            console.print(f"{kind}: {folder / kind}")
+            console.print(f"{kind}: {folder / kind}", soft_wrap=True)
 
 
 def _free_port() -> int:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from compose_spec import PyCompose
 
+from recoup_jobs.servability import RANKS
 from recoup_jobs.settings import PREFIX, Settings
 
 VARIABLE = re.compile(r"(?<!\$)\$\{(?P<name>\w+)(?P<kind>:[-?])(?P<rest>[^}]*)\}")
@@ -17,13 +18,17 @@ EXACT_VERSION = re.compile(r"[a-z0-9./-]+:v?\d+\.\d+(\.\d+)?(-[a-z0-9.-]+)?")
 REQUIRED = {"MODELS": "/srv/models", "TEACHER": "teacher"}
 OURS = {"migrate", "api", "worker", "worker-single", "worker-cpu"}
 WORKERS = {"worker", "worker-single", "worker-cpu"}
+SERVERS = {"serve", "serve-cpu"}
 TOGETHER = (
     {"gpu"},
     {"gpu", "gpu-replica", "observability"},
+    {"gpu", "gpu-replica", "serve"},
     {"gpu-single"},
     {"gpu-single", "observability"},
+    {"gpu-single", "serve"},
     {"cpu"},
     {"cpu", "observability"},
+    {"cpu", "serve-cpu"},
 )
 """Profiles that make sense together."""
 
@@ -158,6 +163,38 @@ def test_a_worker_asks_a_teacher_that_runs_with_it(services, environments, worke
     assert bool(named) == (worker != "worker-single")
 
 
+@pytest.mark.parametrize("name", sorted(SERVERS))
+def test_a_server_of_recovered_models_reads_what_the_api_lays_out(services, environments, name, monkeypatch):
+    monkeypatch.setenv("RECOUP_HOME", environments["api"]["RECOUP_HOME"])
+    place = Settings().deployments_dir
+    assert f"deployments:{place}" in services["api"]["volumes"]
+    assert services[name]["volumes"] == ["/srv/models:/models:ro", f"deployments:{place}:ro"]
+    assert environments[name]["VLLM_LORA_RESOLVER_CACHE_DIR"] == str(place)
+    assert environments[name]["VLLM_PLUGINS"] == "lora_filesystem_resolver"
+    assert services[name]["depends_on"] == {"api": {"condition": "service_healthy"}}
+
+
+@pytest.mark.parametrize("name", sorted(SERVERS))
+def test_a_server_of_recovered_models_is_asked_by_the_api_and_has_room_for_adapters(
+    services, environments, name
+):
+    (host,) = re.findall(r"http://([\w-]+):8000", environments["api"]["RECOUP_SERVE_URLS"])
+    assert services[name]["networks"] == {"inside": {"aliases": [host]}}
+    model, served, *flags = services[name]["command"]
+    assert (model.removeprefix("--model="), served) == ("/models/student", "--served-model-name=student")
+    assert "--enable-lora" in flags
+    (rank,) = [flag for flag in flags if flag.startswith("--max-lora-rank=")]
+    assert int(rank.partition("=")[2]) in RANKS
+
+
+@pytest.mark.parametrize("name", ["vllm", "vllm-replica", "serve", "vllm-cpu", "serve-cpu"])
+def test_a_vllm_is_told_its_model_as_its_image_takes_it(services, dockerfiles, name):
+    """Under its own name, where the module is started: it passes over a bare word without a sound."""
+    by_module = '"-m", "vllm.entrypoints' in dockerfiles["teacher-cpu"]
+    named = services[name]["command"][0].startswith("--model=")
+    assert named == (by_module and "build" in services[name])
+
+
 def test_every_variable_of_ours_is_a_setting(environments):
     known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
     given = {key for values in environments.values() for key in values if key.startswith(PREFIX)}
@@ -284,4 +321,4 @@ def test_every_line_of_the_example_is_explained(root):
 def test_vllm_is_the_same_release_with_and_without_a_container(services, root):
     pinned = re.search(r"^vllm==(\S+)$", (root / "deploy/vllm/requirements.txt").read_text(), re.MULTILINE)
     assert services["vllm"]["image"] == f"vllm/vllm-openai:v{pinned[1]}"
-    assert services["vllm-replica"]["image"] == services["vllm"]["image"]
+    assert services["vllm-replica"]["image"] == services["serve"]["image"] == services["vllm"]["image"]

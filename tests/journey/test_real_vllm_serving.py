@@ -7,6 +7,7 @@ answers through the gateway as they do, and every way of not being served is cau
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import socket
 import threading
@@ -116,10 +117,10 @@ def log_p(model: torch.nn.Module, ids: list[int], token: int) -> float:
 
 
 class Server:
-    """A vLLM of the student that can be started again."""
+    """A vLLM of one model that can be started again."""
 
-    def __init__(self, student: Path, port: int, home: Path) -> None:
-        self._asked = Teacher(student, "127.0.0.1", port, 256, FLAGS)
+    def __init__(self, model: Path, port: int, home: Path, flags: tuple[str, ...] = FLAGS) -> None:
+        self._asked = Teacher(model, "127.0.0.1", port, 256, flags)
         self._home, self._stack = home, contextlib.ExitStack()
         self.url = self._asked.url
 
@@ -132,21 +133,24 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(student: Path, home: Path, free_port: int) -> Iterator[Server]:
-    os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
-    server = Server(student, free_port, home)
-    server.start()
-    yield server
-    server.stop()
-    del os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"]
+def server(student: Path, home: Path, free_port: int, settings: Settings) -> Iterator[Server]:
+    """With the resolver of docker-compose.yml beside the route."""
+    settings.deployments_dir.mkdir(parents=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_PLUGINS", "lora_filesystem_resolver")
+        patch.setenv("VLLM_LORA_RESOLVER_CACHE_DIR", str(settings.deployments_dir))
+        server = Server(student, free_port, home)
+        server.start()
+        yield server
+        server.stop()
 
 
 @pytest.fixture(scope="module")
-def settings(home: Path, server: Server) -> Settings:
+def settings(home: Path, free_port: int) -> Settings:
     return Settings(
         home=home / "service",
         model_roots=[home / "models"],
-        serve_urls=[server.url],
+        serve_urls=[f"http://127.0.0.1:{free_port}"],
         reconcile_seconds=0.5,
         probe_seconds=5,
     )
@@ -163,29 +167,36 @@ def ledger(settings: Settings) -> Iterator[Ledger]:
 def deploy(ledger: Ledger, settings: Settings, adapter: Path) -> Callable[..., str]:
     """Deploys a new recovery that handed this adapter over, spoilt after it was checked."""
 
-    def hand_over(place: str, source: Path) -> None:
-        files = [path for path in source.rglob("*") if path.is_file() and path.suffix != ".md"]
-        publish(open_store(settings), place, {str(path.relative_to(source)): path for path in files})
-
     def make(name: str, spoil: Callable[[Path], None] = lambda _folder: None) -> str:
-        asked = CreateRecovery(student=ModelRef(source="student"), teacher=ModelRef(source="teacher"))
-        id = ledger.create(asked, "gpu.cpu").id
-        claim = ledger.claim("worker", ["gpu.cpu"], 30)
-        place = f"{id}/e1/package"
-        source = Path(shutil.copytree(adapter, settings.home / "handed" / id))
-        hand_over(place, source)
-        ledger.commit_stage(claim, "package", place)
-        ledger.succeed(claim, "recovered")
+        source = Path(shutil.copytree(adapter, settings.home / "handed" / secrets.token_hex(4)))
+        id = recovered(source, ledger, settings)
         new = prepared(CreateDeployment(recovery=id, name=name), ledger, settings, DEFAULT_TENANT)
         spoil(source / "adapter")
-        hand_over(place, source)
+        hand_over(source, id, settings)
         return Deployments(ledger, settings.serve_urls).add(new, 100).id
 
     return make
 
 
+def recovered(source: Path, ledger: Ledger, settings: Settings) -> str:
+    """The id of a recovery that handed over what lies in a folder."""
+    asked = CreateRecovery(student=ModelRef(source="student"), teacher=ModelRef(source="teacher"))
+    id = ledger.create(asked, "gpu.cpu").id
+    claim = ledger.claim("worker", ["gpu.cpu"], 30)
+    ledger.commit_stage(claim, "package", hand_over(source, id, settings))
+    ledger.succeed(claim, "recovered")
+    return id
+
+
+def hand_over(source: Path, id: str, settings: Settings) -> str:
+    files = [path for path in source.rglob("*") if path.is_file() and path.suffix != ".md"]
+    place = f"{id}/e1/package"
+    publish(open_store(settings), place, {str(path.relative_to(source)): path for path in files})
+    return place
+
+
 @pytest.fixture(scope="module")
-def settled(ledger: Ledger, settings: Settings) -> Iterator[Callable[..., Deployment]]:
+def settled(ledger: Ledger, settings: Settings, server: Server) -> Iterator[Callable[..., Deployment]]:
     """The deployment once it is as asked."""
     reconciler = Reconciler(ledger, settings, drain_seconds=0.5)
     reconciler.start()
@@ -209,9 +220,16 @@ def live(deploy: Callable[..., str], settled: Callable[..., Deployment]) -> Depl
 
 @pytest.fixture(scope="module")
 def gateway(settings: Settings, ledger: Ledger) -> Iterator[openai.OpenAI]:
+    with answering(settings, ledger, reconciles=False) as client:
+        yield client
+
+
+@contextlib.contextmanager
+def answering(settings: Settings, ledger: Ledger, *, reconciles: bool) -> Iterator[openai.OpenAI]:
+    """A client of an API of this installation."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    app = create_app(settings, ledger, sweep=False)
+    app = create_app(settings, ledger, sweep=None if reconciles else False)
     service = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
     thread = threading.Thread(target=service.run, kwargs={"sockets": [listener]})
     thread.start()
@@ -328,6 +346,19 @@ def test_a_spoilt_adapter_is_never_served(
         assert found.id not in replica.look().adapters
 
 
+def test_a_vllm_with_the_resolver_finds_a_deployments_folder_by_its_name(
+    live: Deployment, server: Server, settings: Settings, adapter: Path
+) -> None:
+    name = f"dep_{'f' * 24}"
+    shutil.copytree(settings.deployments_dir / live.id, settings.deployments_dir / name)
+    rows = EffectProbe.model_validate_json((adapter / "probe.json").read_bytes()).rows
+    with contextlib.closing(Replica(server.url)) as replica:
+        found = replica.log_probabilities(name, rows)
+        assert found == pytest.approx([row.recovered for row in rows], abs=1e-3)
+        assert name in replica.look().adapters
+        replica.unload(name)
+
+
 def test_an_adapter_unloaded_behind_our_back_comes_back(
     live: Deployment, settled: Callable[..., Deployment], gateway: openai.OpenAI, server: Server
 ) -> None:
@@ -349,3 +380,53 @@ def test_a_restarted_vllm_gets_the_adapter_back(
     found = settled(live.id, lambda found: found.replicas[0].state == "ready")
     assert (found.state, found.reason) == ("live", None)
     assert gateway.completions.create(**ask).choices[0].text == before
+
+
+@pytest.fixture
+def merged(student: Path, adapter: Path, tmp_path: Path) -> Path:
+    """The same adapter, merged into its student."""
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(student), adapter / "adapter")
+    model.merge_and_unload().save_pretrained(tmp_path / "out" / "model")
+    for path in student.glob("*token*"):
+        shutil.copy(path, tmp_path / "out" / "model")
+    for name in ("probe.json", "report.json"):
+        shutil.copy(adapter / name, tmp_path / "out")
+    return tmp_path / "out"
+
+
+def test_a_merged_model_is_live_once_a_vllm_is_started_as_its_launch_says(
+    settings: Settings, live: Deployment, merged: Path, gateway: openai.OpenAI, tmp_path: Path
+) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    here = settings.model_copy(update={"home": tmp_path / "home", "serve_urls": [f"http://127.0.0.1:{port}"]})
+    with contextlib.closing(open_ledger(here)) as ledger, answering(here, ledger, reconciles=True) as client:
+        asked = CreateDeployment(recovery=recovered(merged, ledger, here), name="whole")
+        new = prepared(asked, ledger, here, DEFAULT_TENANT)
+        deployments = Deployments(ledger, here.serve_urls)
+        id = deployments.add(new, 100).id
+        folder, *flags = new.launch.arguments
+        wait_until((here.home / folder).exists)
+        assert deployments.get(id, DEFAULT_TENANT).state == "pending"
+        server = Server(here.home / folder, port, tmp_path, tuple(flags))
+        server.start()
+        try:
+            wait_until(lambda: deployments.get(id, DEFAULT_TENANT).state in {"live", "failed"})
+            found = deployments.get(id, DEFAULT_TENANT)
+            assert (found.kind, found.state, found.reason) == ("model", "live", None)
+            ask = {"prompt": [5, 6, 7], "max_tokens": 8, "temperature": 0}
+            answers = [
+                service.completions.create(model=name, **ask).choices[0].text
+                for service, name in ((client, "whole"), (gateway, "support"))
+            ]
+            assert answers[0] == answers[1]
+        finally:
+            server.stop()
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 120) -> None:
+    until = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < until
+        time.sleep(0.1)

@@ -93,6 +93,7 @@ DRY_RUN = {
     "object": "recovery.dry_run",
     "plan": [{"name": "method", "value": "off_policy", "why": "the student was pruned"}],
     "findings": [],
+    "warnings": [],
     "estimate": {
         "tokens": 12_000,
         "memory_bytes": 2**31,

@@ -95,6 +95,16 @@ def test_a_dry_run_of_what_would_be_refused_says_so_and_ends_in_2(run, service):
     assert (result.exit_code, result.stdout) == (2, "refused: /prompts/file: 7 prompts are too few\n")
 
 
+def test_a_dry_run_warns_of_what_could_not_be_served(run, service):
+    item = {"pointer": "/training/mode", "code": "dora_not_servable", "message": "vLLM serves no DoRA"}
+    service.dry_run = service.dry_run | {"warnings": [item]}
+    result = run("dry-run", *SUBMIT[1:], "--servable")
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[-1] == "warning: /training/mode: vLLM serves no DoRA"
+    (sent,) = service.sent("POST", "/v1/recoveries")
+    assert json.loads(sent.body)["output"] == {"servable": True}
+
+
 def test_before_the_first_recovery_a_dry_run_tells_no_time(run, service):
     unknown = service.dry_run["estimate"] | {"seconds": None, "calibrated_on": 0}
     service.dry_run = service.dry_run | {"estimate": unknown}

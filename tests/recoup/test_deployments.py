@@ -114,6 +114,18 @@ def test_deploy_waits_and_says_how_to_ask(run, answer):
     assert "recoup chat support" in result.stdout
 
 
+def test_deploy_says_meanwhile_what_a_whole_model_waits_for(run, answer):
+    why = {"code": "replicas_away", "message": "No server that could serve this answers."}
+    launch = {"arguments": ["deployments/dep_1", "--served-model-name", "dep_1"], "environment": {}}
+    waits = row("pending", kind="model", launch=launch, reason=why)
+    answer(row("pending", kind="model", launch=launch), waits, waits, row("live", kind="model"))
+    result = run("deploy", RECOVERY)
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("No server that could serve this answers.") == 1
+    assert "recoup-server teacher --model <RECOUP_HOME>/deployments/dep_1" in result.stderr
+    assert result.stdout.startswith("dep_1 live")
+
+
 def test_deploy_ends_badly_where_the_probe_does(run, answer):
     answer(row("pending"), row("failed", reason=WHY))
     result = run("deploy", RECOVERY)

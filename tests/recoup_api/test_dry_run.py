@@ -85,6 +85,29 @@ def test_its_findings_are_those_of_the_request_itself(client, dry_run, body):
     assert [item.model_dump() for item in dry_run(asked).findings] == refused["errors"]
 
 
+DORA = {"training": {"mode": "dora"}}
+PLACE, CODE = "/training/mode", "dora_not_servable"
+
+
+def test_it_warns_of_what_vllm_could_not_serve(client, dry_run, body):
+    found = dry_run(body | DORA)
+    assert [(item.pointer, item.code) for item in found.warnings] == [(PLACE, CODE)]
+    assert found.findings == []
+    assert client.post("/v1/recoveries", json=body | DORA).status_code == 202
+    assert dry_run(body).warnings == []
+
+
+def test_what_must_be_servable_and_is_not_is_refused(client, dry_run, body):
+    asked = body | DORA | {"output": {"servable": True}}
+    found = dry_run(asked)
+    refused = client.post("/v1/recoveries", json=asked)
+    assert (refused.status_code, refused.json()["code"]) == (422, CODE)
+    assert [item.model_dump() for item in found.findings] == refused.json()["errors"]
+    assert found.warnings == []
+    served = body | {"output": {"servable": True}}
+    assert client.post("/v1/recoveries", json=served).status_code == 202
+
+
 def test_a_body_that_is_none_is_refused_all_the_same(client, body):
     assert client.post("/v1/recoveries?dry_run=true", json=body | {"foo": 1}).status_code == 422
     assert client.post("/v1/recoveries?dry_run=maybe", json=body).status_code == 422

@@ -1,6 +1,7 @@
 """What is wanted comes about on servers that behave as vLLM does; silent failures are caught or healed."""
 
 import json
+import shutil
 import time
 
 import numpy
@@ -32,20 +33,21 @@ def clock():
 
 @pytest.fixture
 def recovered(ledger, settings, asked, write_adapter, write_model, tmp_path):
-    """A recovery of `student` that handed an adapter over; call `spoil` to hand it over otherwise."""
+    """A recovery of `student` that handed this over; call `spoil` to hand it over otherwise."""
     if not (settings.model_roots[0] / "student").exists():
         write_model("student")
 
-    def make(**adapter):
+    def make(kind="adapter", **adapter):
         sha256 = weights_sha256(settings.model_roots[0] / "student")
         source = tmp_path / f"out-{time.monotonic_ns()}"
         write_adapter(source, **{"sha256": sha256} | adapter)
+        (source / "adapter").rename(source / kind)
         id = ledger.create(asked, "gpu.cpu").id
         claim = ledger.claim("worker", ["gpu.cpu"], 30)
         package = f"{id}/e1/package"
 
         def hand_over(spoil=lambda folder: None):
-            spoil(source / "adapter")
+            spoil(source / kind)
             files = {str(path.relative_to(source)): path for path in source.rglob("*") if path.is_file()}
             publish(open_store(settings), package, files)
 
@@ -245,6 +247,76 @@ def test_a_deployment_waits_for_a_server_of_its_student(installation, start_upst
     there = installation(start_upstream())
     there.round()
     assert there.look(id).state == "live"
+
+
+@pytest.fixture
+def serve_whole(start_upstream):
+    """Starts a server of a whole model by this name, which adds this much to what the student says."""
+    student = start_upstream()
+
+    def start(id, folder, effect=0.7):
+        upstream = start_upstream(id, str(folder))
+        upstream.log_p = lambda _model, token, at: student.log_p("student", token, at) + effect
+        return upstream
+
+    return start
+
+
+def test_a_whole_model_lies_ready_for_the_server_that_is_started_on_it(
+    installation, start_upstream, serve_whole
+):
+    here = installation(start_upstream(), "http://127.0.0.1:9")
+    id = here.deploy(kind="model")
+    here.round()
+    waiting = here.look(id)
+    assert (waiting.kind, waiting.state, waiting.reason.code) == ("model", "pending", "replicas_away")
+    assert "launch" in waiting.reason.message
+    folder, _, name = waiting.launch.arguments
+    assert name == id
+    assert (here.settings.home / folder / "adapter_model.safetensors").exists()
+
+    there = installation(serve_whole(id, here.settings.home / folder))
+    there.round()
+    assert [(one.state, one.reason) for one in there.look(id).replicas] == [("ready", None)]
+    assert there.look(id).state == "live"
+
+
+def test_a_whole_model_does_without_its_student(installation, serve_whole):
+    here = installation()
+    id = here.deploy(kind="model", sha256="1" * 64)
+    there = installation(serve_whole(id, "anywhere"))
+    there.round()
+    assert there.look(id).state == "live"
+
+
+@pytest.mark.parametrize(("effect", "code"), [(0.0, "no_effect"), (0.3, "effect_mismatch")])
+def test_a_server_that_has_something_else_by_a_whole_models_name_is_found_out(
+    installation, serve_whole, effect, code
+):
+    here = installation()
+    id = here.deploy(kind="model")
+    there = installation(serve_whole(id, "anywhere", effect))
+    there.round()
+    assert (there.look(id).state, there.look(id).reason.code) == ("failed", code)
+    there.round()
+    assert not (here.settings.deployments_dir / id).exists()
+
+
+def test_a_whole_model_that_was_never_served_leaves_no_folder(installation, start_upstream):
+    here = installation(start_upstream())
+    id, stays = here.deploy(kind="model"), here.deploy("other", kind="model")
+    here.round()
+    here.deployments.withdraw(id, DEFAULT_TENANT)
+    here.round()
+    assert [folder.name for folder in here.settings.deployments_dir.iterdir()] == [stays]
+
+
+def test_a_whole_model_whose_files_are_gone_fails(installation, start_upstream, settings):
+    here = installation(start_upstream())
+    id = here.deploy(kind="model")
+    shutil.rmtree(settings.home / "artifacts")
+    here.round()
+    assert here.look(id).state == "failed"
 
 
 def test_one_refusal_fails_a_new_deployment_everywhere(installation, start_upstream):

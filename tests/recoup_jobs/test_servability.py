@@ -1,13 +1,15 @@
 """What vLLM would refuse, or take without a word, is refused before it is asked."""
 
 import json
+from types import SimpleNamespace
 
 import numpy
 import pytest
 from safetensors.numpy import save_file
 
 from recoup_jobs.errors import Unprocessable
-from recoup_jobs.servability import RANKS, launch_adapter, require_servable
+from recoup_jobs.inspection import Model
+from recoup_jobs.servability import RANKS, foreseen, launch_adapter, require_servable
 
 CONFIG = {"peft_type": "LORA", "r": 12, "lora_alpha": 24, "bias": "none", "use_dora": False}
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -70,3 +72,62 @@ def test_a_server_is_started_with_room_for_the_rank():
     launch = launch_adapter("models/student", 64)
     assert launch.arguments[:3] == ["models/student", "--served-model-name", "student"]
     assert launch.arguments[-2:] == ["--max-lora-rank", "64"]
+
+
+@pytest.fixture
+def student(tmp_path):
+    def make(architecture="LlamaForCausalLM", quantizer=None):
+        return Model(tmp_path, {"architectures": [architecture]}, quantizer, None, None, None)
+
+    return make
+
+
+def plan(output="adapter", phases=("teacher",), **trainable):
+    trained = SimpleNamespace(**{"mode": "lora", "rank": 16, "targets": "all-linear"} | trainable)
+    return SimpleNamespace(output=output, phases=phases, trainable=trained)
+
+
+def found(items):
+    return [(item.pointer, item.code) for item in items]
+
+
+def test_a_usual_plan_can_be_served(student):
+    assert foreseen(plan(), student()) == []
+    assert foreseen(plan(targets=["q_proj", "down_proj"], rank=RANKS[-1]), student(quantizer="gptq")) == []
+
+
+@pytest.mark.parametrize(
+    ("trainable", "adapter_of_it", "place"),
+    [
+        ({"mode": "dora"}, {"use_dora": True}, "/training/mode"),
+        ({"rank": 513}, {"r": 513}, "/training/lora/rank"),
+        (
+            {"targets": ["q_proj", "lm_head"]},
+            {"names": ["base_model.model.lm_head"]},
+            "/training/lora/targets",
+        ),
+    ],
+)
+def test_a_plan_is_held_to_what_its_adapter_is_held_to(student, adapter, trainable, adapter_of_it, place):
+    with pytest.raises(Unprocessable) as refused:
+        require_servable(adapter(**adapter_of_it))
+    assert found(foreseen(plan(**trainable), student())) == [(place, refused.value.code)]
+
+
+def test_a_method_that_does_not_train_makes_no_dora(student):
+    assert foreseen(plan(mode="dora", phases=()), student()) == []
+
+
+@pytest.mark.parametrize(
+    ("base", "output", "codes"),
+    [
+        ({"quantizer": "bitsandbytes"}, "adapter", ["base_not_servable"]),
+        ({"quantizer": "bitsandbytes"}, "requantized", ["base_not_servable"]),
+        ({"quantizer": "bitsandbytes"}, "merged", []),
+        ({"architecture": "GPT2LMHeadModel"}, "adapter", ["base_takes_no_adapter"]),
+        ({"architecture": "GPT2LMHeadModel"}, "merged", []),
+        ({"architecture": "FreshForCausalLM"}, "adapter", []),
+    ],
+)
+def test_a_student_must_be_what_vllm_loads_in_the_form_that_is_handed_over(student, base, output, codes):
+    assert found(foreseen(plan(output), student(**base))) == [("/output/kind", code) for code in codes]

@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from recoup.schemas.request import MOST_RANK
 from recoup_ml import injure, models
 from recoup_ml.errors import UnsupportedRequest
 from recoup_ml.plan import Trainable
@@ -104,6 +105,7 @@ def test_ranks_follow_the_damage_and_cost_the_same() -> None:
     assert sum(given) == 4 * 16
     assert ranks(16, [0.0] * 3) == [16] * 3
     assert min(ranks(1, [0.0, 5.0])) == 1
+    assert max(ranks(256, [9.0, *[0.1] * 29])) == MOST_RANK
 
 
 def test_a_layer_gets_the_rank_of_its_damage(student: Student) -> None:

@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from recoup.schemas.request import MOST_RANK
 from recoup_ml.errors import UnsupportedRequest
 from recoup_ml.hidden import decoder_blocks
 from recoup_ml.plan import Trainable
@@ -100,14 +101,16 @@ def prepare(
 def ranks(rank: int, distance_by_layer: Sequence[float]) -> list[int]:
     """A rank for each layer, proportional to its distance; the same sum as `rank` everywhere, or nearly.
 
-    No layer gets less than a quarter of `rank`; where no distance is known all get `rank`.
+    No layer gets less than a quarter of `rank`, nor more than can be served; where no distance is known all
+    get `rank`.
     """
     total = math.fsum(distance_by_layer)
     if total <= 0:
         return [rank] * len(distance_by_layer)
     least = rank / 4
     spare = (rank - least) * len(distance_by_layer)
-    return [max(1, round(least + spare * distance / total)) for distance in distance_by_layer]
+    shares = (least + spare * distance / total for distance in distance_by_layer)
+    return [min(MOST_RANK, max(1, round(share))) for share in shares]
 
 
 class MaskedLowRank(nn.Module):

@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from recoup.schemas import CostEstimate, CreateRecovery
+from recoup.schemas import CostEstimate
 from recoup_jobs import calibration
 from recoup_jobs.calibration import Measured
 from recoup_jobs.claims import Claim
@@ -22,13 +22,19 @@ EXPECTED = "expected.json"
 log = logging.getLogger(__name__)
 
 
-def expect(request: CreateRecovery, seen: Look, ledger: Ledger, settings: Settings, folder: Path) -> None:
-    """Leaves the estimate in the preflight's folder, if the request can be planned before it is measured."""
+def expect(claim: Claim, seen: Look, ledger: Ledger, settings: Settings, folder: Path) -> None:
+    """Leaves the estimate in the preflight's folder, and in the log why vLLM could not serve what will be.
+
+    Neither is there if the request cannot be planned before it is measured.
+    """
+    request = claim.request
     assert seen.student and seen.teacher, "preflight refused nothing, so both can be read"
     try:
         found = forecast(request, seen.student, seen.teacher, ledger, settings, make_plan, RecoveryError)
     except Unprocessable:  # the diagnosis may know better
         return
+    for warning in found.unservable:
+        ledger.event(claim, "log", {"message": f"{warning.pointer}: {warning.message}"})
     (folder / EXPECTED).write_text(cost_of(found, ledger, settings.queue).model_dump_json())
 
 

@@ -97,7 +97,7 @@ def _recover(claim: Claim, ledger: Ledger, settings: Settings, stopping: threadi
     def check(folder: Path) -> None:
         seen = preflight(claim.request, ledger, settings)
         if is_recovery:
-            expect(claim.request, seen, ledger, settings, folder)
+            expect(claim, seen, ledger, settings, folder)
 
     checked = journal.stage("preflight", check)
     run = replace(_run(claim, ledger, settings), estimate=expected(checked))

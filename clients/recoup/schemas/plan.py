@@ -14,5 +14,7 @@ class DryRun(Output):
     """Every `auto`, with what it would become and why; empty where a model cannot be read."""
     findings: list[ProblemItem]
     """All that the recovery would be refused for, as preflight says it; empty: it would be accepted."""
+    warnings: list[ProblemItem]
+    """Why vLLM could not serve what comes of it; with `output.servable` these are findings."""
     estimate: CostEstimate | None
     """Null where there is no plan."""

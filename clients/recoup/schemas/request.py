@@ -119,8 +119,12 @@ class MethodSpec(Input):
     rollouts: RolloutSpec = RolloutSpec.model_construct()
 
 
+MOST_RANK = 512
+"""Of an adapter: vLLM serves no higher one."""
+
+
 class LoraSpec(Input):
-    rank: Annotated[int, Field(ge=1, le=512)] = 16
+    rank: Annotated[int, Field(ge=1, le=MOST_RANK)] = 16
     alpha: Annotated[int, Field(ge=1, le=2048)] = 32
     targets: Literal["auto"] | Annotated[list[LayerName], Field(min_length=1, max_length=32)] = "auto"
     """Names of the linear layers that get an adapter; `auto`: all of attention and MLP."""
@@ -219,6 +223,8 @@ class OutputSpec(Input):
     """`adapter`: a PEFT folder for the student; `merged`: a whole model, of plain numbers; `requantized`: a
     whole model, packed as the student was. A packed student's report says what each of them costs."""
     name: Name | None = None
+    servable: bool = False
+    """Refuse what vLLM could not serve, before it is trained; else a dry run and the job's log warn of it."""
 
 
 class Limits(Input):
