@@ -2,10 +2,10 @@
 
     python deploy/replay.py api FOLDER --python python3.12 [--arg TORCH=torch==2.13.0+cpu]
 
-Prints the image's command and variables as JSON. `COPY` copies, `RUN` runs, `ENV` and `ARG` become variables;
-`/opt`, `/src` and `/wheels` lie below the folder that is given. What makes users and runs as them is left
-out: it needs root. A `RUN` is the recipe's own text, so a step that fails here fails in an image too, but
-for the libraries of the base image.
+Prints the image's entry point, command and variables as JSON; with `--describe` nothing is run for it.
+`COPY` copies, `RUN` runs, `ENV` and `ARG` become variables; `/opt`, `/src` and `/wheels` lie below the folder
+that is given. What makes users or installs packages of the system is left out: it needs root. A `RUN` is the
+recipe's own text, so a step that fails here fails in an image too, but for the libraries of the base image.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("/opt/", "/wheels", "/src")
-NEEDS_ROOT = re.compile(r"groupadd|useradd")
+NEEDS_ROOT = re.compile(r"groupadd|useradd|apt-get")
 
 
 @dataclass
@@ -27,6 +27,7 @@ class Image:
     """What the last stage of a recipe left."""
 
     folder: Path
+    entrypoint: list[str] = field(default_factory=list)
     command: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -48,6 +49,15 @@ def build(recipe: Path, root: Path, folder: Path, python: Path, arguments: dict[
                 _take(step, rest, image, root, variables, arguments)
             if stage == "image":
                 image.environment = variables
+    return image
+
+
+def described(recipe: Path) -> Image:
+    """What the stage `image` starts, and with which variables; nothing is built."""
+    image = Image(Path())
+    for step, rest in dict(_stages(recipe.read_text()))["image"]:
+        if step not in {"RUN", "COPY"}:
+            _take(step, rest, image, ROOT, image.environment, {})
     return image
 
 
@@ -77,8 +87,10 @@ def _take(
             _copy(root / source, image.folder / "src" / target, whole=target not in {".", "./"})
     elif step == "RUN" and not NEEDS_ROOT.search(rest):
         _run(rest, image.folder, variables)
-    elif step in {"CMD", "ENTRYPOINT"}:
-        image.command = [word.strip(' "') for word in rest.strip("[]").split(",")]
+    elif step == "CMD":
+        image.command = json.loads(rest)
+    elif step == "ENTRYPOINT":
+        image.entrypoint = json.loads(rest)
 
 
 def _copy(source: Path, target: Path, whole: bool) -> None:
@@ -108,13 +120,19 @@ def main() -> None:
     parser.add_argument("name", help="api, worker, router or teacher-cpu")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--python", default="python3.12", help="the base image's Python")
+    parser.add_argument("--describe", action="store_true", help="build nothing")
     parser.add_argument("--arg", action="append", default=[], help="NAME=VALUE, as of docker build")
     asked = parser.parse_args()
     python = shutil.which(asked.python) or parser.error(f"there is no {asked.python}")
     arguments = dict(each.split("=", 1) for each in asked.arg)
     recipe = ROOT / f"deploy/docker/{asked.name}.Dockerfile"
-    image = build(recipe, ROOT, asked.folder.resolve(), Path(python), arguments)
-    print(json.dumps({"command": image.command, "environment": image.environment}))
+    image = (
+        described(recipe)
+        if asked.describe
+        else build(recipe, ROOT, asked.folder.resolve(), Path(python), arguments)
+    )
+    told = {"entrypoint": image.entrypoint, "command": image.command, "environment": image.environment}
+    print(json.dumps(told))
 
 
 if __name__ == "__main__":

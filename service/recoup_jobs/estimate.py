@@ -10,6 +10,7 @@ are learnt from). One model is in memory at a time, unless the teacher must answ
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -33,6 +34,8 @@ TASK_ROWS_KNOWN = 256
 DEFAULT_KEEP_TOKENS = 64
 FORMS_OF_LOSS = 4
 """Pieces of logits that a divergence holds at once."""
+CPU_TOKENS, FEWEST_TOKENS, MOST_TOKENS, SHARE = 256, 256, 16_384, 0.5
+"""As in `recoup_ml/room.py`, which settles by what is free how many tokens go through a student at once."""
 
 
 @dataclass(frozen=True)
@@ -41,21 +44,26 @@ class Machine:
 
     weight_bytes: int | None
     """Bytes a parameter of a loaded model; None: as it is stored."""
-    micro_tokens: int
-    """Tokens that go through a student at once."""
     logit_rows: int
     """Positions whose logits are held at once."""
+    gpu_bytes: int | None = None
+    """Memory of one GPU; None: a CPU."""
 
 
-CPU = Machine(weight_bytes=4, micro_tokens=256, logit_rows=128)
-GPU = Machine(weight_bytes=None, micro_tokens=16_384, logit_rows=1024)
+CPU = Machine(weight_bytes=4, logit_rows=128)
+GPU_GIB = 80
+"""Of a class of machine whose name does not say it."""
 
 
 CPU_QUEUE = "gpu.cpu"
 
 
 def machine_of(queue: str) -> Machine:
-    return CPU if queue == CPU_QUEUE else GPU
+    """`gpu.cpu`, or `gpu.<GPUs>x<GiB>g`."""
+    if queue == CPU_QUEUE:
+        return CPU
+    named = re.fullmatch(r"gpu\.\d+x(\d+)g", queue)
+    return Machine(None, 1024, (int(named[1]) if named else GPU_GIB) << 30)
 
 
 @dataclass(frozen=True)
@@ -174,7 +182,7 @@ def need_of(
     training = student.loaded_bytes(machine) + beside + OPTIMIZER_BYTES * trained if plan.phases else 0
     taught = min(amounts.rows, _answers(plan, "teacher")) * request.generation.max_new_tokens
     reading = held + 4 * machine.logit_rows * student.vocabulary
-    learning = training + _activations(student, machine) + 4 * student.hidden * taught
+    learning = training + _activations(student, training, machine) + 4 * student.hidden * taught
     return Need(
         work=work,
         memory_bytes=BASE_BYTES + max(reading, learning),
@@ -225,10 +233,19 @@ def _trained(plan: Planned, student: Sizes) -> int:
     return by_mode.get(plan.trainable.mode, plan.trainable.rank * student.edges)
 
 
-def _activations(student: Sizes, machine: Machine) -> int:
-    each = machine.weight_bytes or 2
-    states = each * ACTIVATIONS * machine.micro_tokens * student.hidden * student.layers
-    return states + 4 * FORMS_OF_LOSS * machine.logit_rows * student.vocabulary
+def _activations(student: Sizes, training: int, machine: Machine) -> int:
+    """Of the tokens that go through at once, beside weights and optimizer of `training` bytes."""
+    each = (machine.weight_bytes or 2) * ACTIVATIONS * student.hidden * student.layers
+    logits = 4 * FORMS_OF_LOSS * machine.logit_rows * student.vocabulary
+    return micro_tokens(each, training + logits, machine) * each + logits
+
+
+def micro_tokens(each: int, held: int, machine: Machine) -> int:
+    """How many tokens of `each` bytes go through a student at once, where `held` bytes are taken."""
+    if machine.gpu_bytes is None:
+        return CPU_TOKENS
+    room = int(SHARE * max(0, machine.gpu_bytes - held) / max(1, each))
+    return max(FEWEST_TOKENS, min(MOST_TOKENS, 1 << max(0, room.bit_length() - 1)))
 
 
 def _disk(request: CreateRecovery, plan: Planned, student: Sizes, trained: int, amounts: Amounts) -> int:

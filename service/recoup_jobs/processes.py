@@ -11,8 +11,10 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 PR_SET_PDEATHSIG = 1
+GONE_SECONDS = 5.0
 
 
 def bound(command: list[str]) -> list[str]:
@@ -55,10 +57,18 @@ def stop_group(process: subprocess.Popen[bytes], grace_seconds: float) -> None:
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to every process of the group that `process` leads, and waits for `process`."""
+    """SIGKILL to every process of the group that `process` leads, and waits until they have let go.
+
+    A process that is killed holds its memory, and a GPU's, until the kernel has cleared it away.
+    """
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    until = time.monotonic() + GONE_SECONDS
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        while time.monotonic() < until:
+            os.killpg(process.pid, 0)
+            time.sleep(0.01)
 
 
 if __name__ == "__main__":

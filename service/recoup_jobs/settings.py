@@ -70,6 +70,8 @@ class Settings(BaseSettings):
     """Servers of students, on which deployments are placed, comma separated; `unix:PATH` names a socket."""
     vllm_python: Path | None = None
     """The Python of the environment that holds vLLM, for `recoup-server teacher`."""
+    vllm_in_turns: bool = False
+    """A worker starts that vLLM for the stages that ask the teacher, and stops it before it loads a model."""
     model_roots: Annotated[list[Path], NoDecode] = []
     """Folders below which models may lie, comma separated; default: `models` below `home`."""
     api_key: SecretStr | None = None

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 from ipaddress import ip_address
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import yaml
@@ -16,8 +17,8 @@ from recoup_jobs.settings import PREFIX, Settings
 VARIABLE = re.compile(r"(?<!\$)\$\{(?P<name>\w+)(?P<kind>:[-?])(?P<rest>[^}]*)\}")
 EXACT_VERSION = re.compile(r"[a-z0-9./-]+:v?\d+\.\d+(\.\d+)?(-[a-z0-9.-]+)?")
 REQUIRED = {"MODELS": "/srv/models", "TEACHER": "teacher"}
-OURS = {"migrate", "api", "worker", "worker-single", "worker-cpu"}
-WORKERS = {"worker", "worker-single", "worker-cpu"}
+WORKERS = {"worker", "worker-single", "worker-turns", "worker-cpu"}
+OURS = {"migrate", "api"} | WORKERS
 SERVERS = {"serve", "serve-cpu"}
 TOGETHER = (
     {"gpu"},
@@ -26,6 +27,7 @@ TOGETHER = (
     {"gpu-single"},
     {"gpu-single", "observability"},
     {"gpu-single", "serve"},
+    {"gpu-turns"},
     {"cpu"},
     {"cpu", "observability"},
     {"cpu", "serve-cpu"},
@@ -160,7 +162,15 @@ def test_a_choice_of_profiles_has_one_worker_and_all_that_it_needs(services, pro
 def test_a_worker_asks_a_teacher_that_runs_with_it(services, environments, worker):
     named = re.findall(r"http://([\w-]+):8000", environments[worker]["RECOUP_VLLM_URLS"])
     assert set(named) <= services[worker]["depends_on"].keys()
-    assert bool(named) == (worker != "worker-single")
+    assert bool(named) == (worker not in {"worker-single", "worker-turns"})
+
+
+def test_a_worker_that_takes_turns_with_vllm_has_it_in_its_image(services, environments, dockerfiles):
+    given = environments["worker-turns"]
+    assert (given["RECOUP_VLLM_IN_TURNS"], given["RECOUP_VLLM_URLS"]) == ("true", "")
+    assert services["worker-turns"]["build"]["args"]["VLLM"] == "cuda"
+    place = Path(given["RECOUP_VLLM_PYTHON"]).parents[1]
+    assert f"COPY --from=build {place} {place}" in dockerfiles["worker"]
 
 
 @pytest.mark.parametrize("name", sorted(SERVERS))

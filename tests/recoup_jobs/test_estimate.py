@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from recoup.schemas import Choice
-from recoup_jobs.estimate import BASE_BYTES, CPU, GPU, Amounts, Sizes, need_of, sizes_of
+from recoup_jobs.estimate import BASE_BYTES, CPU, Amounts, Sizes, machine_of, need_of, sizes_of
 from recoup_jobs.inspection import Model
 from recoup_jobs.weights import TensorInfo
 
@@ -54,7 +54,20 @@ def test_a_model_is_as_large_as_its_tensors_say():
 
 def test_a_cpu_loads_four_bytes_a_parameter_and_a_gpu_what_is_stored():
     assert SMALL.loaded_bytes(CPU) == 4 * SMALL.parameters
-    assert SMALL.loaded_bytes(GPU) == SMALL.stored_bytes
+    assert SMALL.loaded_bytes(machine_of("gpu.1x80g")) == SMALL.stored_bytes
+
+
+def test_a_larger_gpu_takes_more_tokens_at_once_and_none_takes_more_than_it_has(need):
+    large = Sizes(8_000_000_000, 16_000_000_000, 2_600_000, 300_000, 4096, 32, 128_256)
+    of = {
+        queue: need(sizes=large, machine=machine_of(queue)).memory_bytes
+        for queue in ("gpu.1x24g", "gpu.8x80g")
+    }
+    assert of["gpu.1x24g"] < 24 << 30 < of["gpu.8x80g"] < 80 << 30
+
+
+def test_a_class_of_machine_without_a_size_is_taken_for_a_usual_one():
+    assert machine_of("gpu.big") == machine_of("gpu.1x80g")
 
 
 def test_work_grows_with_steps_and_only_where_they_are_taken(need):

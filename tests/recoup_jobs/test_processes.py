@@ -1,10 +1,13 @@
 """Child processes that end with their parent, and only then."""
 
+import os
 import signal
 import subprocess
 import sys
 
 import pytest
+
+from recoup_jobs.processes import kill_group
 
 START = "import subprocess, sys, time; from recoup_jobs.processes import die_with_stdin; die_with_stdin(); "
 GRANDCHILD = "child = subprocess.Popen(['sleep', '60']); print(child.pid, flush=True); time.sleep(60)"
@@ -40,6 +43,14 @@ def test_a_child_that_is_written_to_lives_on(start):
     child.stdin.write(b"x" * 10_000)
     child.stdin.flush()
     assert child.wait(20) == 7
+
+
+def test_a_group_that_is_killed_is_gone_when_that_is_said(start):
+    child = start(GRANDCHILD)
+    grandchild = int(child.stdout.readline())
+    kill_group(child)
+    with pytest.raises(ProcessLookupError):
+        os.kill(grandchild, 0)
 
 
 def test_the_end_of_its_input_ends_a_child_and_all_that_it_started(start):

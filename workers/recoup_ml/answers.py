@@ -7,7 +7,8 @@ teacher is in memory while the student learns from them. Only as many prompts ar
 the plan will use.
 
 No answer is made twice: those of a model in this process are kept batch by batch until the stage
-is done, those of a server in a cache that recoveries share.
+is done, those of a server in a cache that recoveries share. Servers are asked for everything before a
+model is loaded here: where both have one device, they take turns (`turns.py`).
 """
 
 import json
@@ -32,6 +33,8 @@ from recoup_ml.rewrite import Rewritten, demonstrated, rewriting, settle
 from recoup_ml.run import Counter, Done, Journal, Run
 from recoup_ml.sequences import Answered, Encoded, encode, read_jsonl, with_answer, write_jsonl
 from recoup_ml.splits import split_keep
+from recoup_ml.turns import served
+from recoup_ml.vllm_engine import VllmEngine
 from recoup_ml.weights import sha256
 
 CALIBRATION = 64
@@ -52,14 +55,15 @@ def generate(run: Run, journal: Journal, done: Done, folder: Path) -> None:
     kept = split_keep(run.keep, KEPT)[0][: plan.steps * plan.batch_size]
     chosen = parts.train[:wanted], parts.validation, kept
     train, validation, keep = (encode(part, tokenizer, run.prompt_tokens) for part in chosen)
-    rewritten = _with_references(parts.train)[: plan.answers("rewrites")]
+    referenced = _with_references(parts.train)[: plan.answers("rewrites")]
+    rewritten = [(prompt, rewriting(prompt)) for prompt in referenced]
     counter = Counter(journal, 2 * (len(train) + len(validation) + len(keep)) + len(rewritten), "answers")
     limit = run.request.generation.max_new_tokens
     unfinished = folder / durable.UNFINISHED
-    teacher = _teacher(run, tokenizer, KeptBatches(unfinished / "teacher"))
+    asked = encode([question for _, question in rewritten], tokenizer, run.request.training.max_length)
+    questions = Questions(train, validation, asked)
+    teacher = _teacher(run, journal, tokenizer, unfinished, questions, counter)
     answers = _answer(teacher, train, limit, folder / "train", counter)
-    if run.vllm_urls and tokenizer.chat_template is not None:  # without one it continues texts
-        require_an_end(answers, limit)
     answers += _answer(teacher, validation, limit, folder / "validation", counter)
     if rewritten:
         _rewrite(run, teacher, rewritten, tokenizer, folder, counter)
@@ -139,6 +143,15 @@ def rewrite_counts(done: Done) -> RewriteCounts | None:
 
 
 @dataclass(frozen=True)
+class Questions:
+    """All that the teacher is asked."""
+
+    train: Sequence[Encoded]
+    validation: Sequence[Encoded]
+    rewritings: Sequence[Encoded]
+
+
+@dataclass(frozen=True)
 class Speaker:
     """Who answers, and the model whose hidden states are kept."""
 
@@ -154,19 +167,55 @@ class Speaker:
         if isinstance(self.engine, LocalEngine):
             tick = counter.part(2 * size)
             return self.engine.observed(prompts, limit, lambda done: tick(2 * done))
-        answers = usable(self.engine.answer(prompts, limit, counter.part(size)))
+        answers = usable(self.say(prompts, limit, counter))
         return answers, observe(self.model, answers, self.pad_id, tick=counter.part(size))
 
+    def say(self, prompts: Sequence[Encoded], limit: int, counter: Counter) -> list[Answered]:
+        """Answers alone; a server's are found in the cache, and were counted when it gave them."""
+        local = isinstance(self.engine, LocalEngine)
+        return self.engine.answer(prompts, limit, counter.part(len(prompts)) if local else _counted)
 
-def _teacher(run: Run, tokenizer: PreTrainedTokenizerBase, kept: KeptBatches) -> Speaker:
-    model = models.load(run.teacher)
-    asked = diagnose.engine(run, model, tokenizer)
-    engine: Engine = asked
-    if isinstance(asked, LocalEngine):
-        engine = LocalEngine(model, tokenizer, kept=kept)
-    elif run.answers:
-        engine = CachedEngine(asked, run.answers, sha256(run.teacher), tokenizer)
+
+def _counted(_done: int) -> None: ...
+
+
+def _teacher(
+    run: Run,
+    journal: Journal,
+    tokenizer: PreTrainedTokenizerBase,
+    unfinished: Path,
+    questions: Questions,
+    counter: Counter,
+) -> Speaker:
+    """The teacher; if servers answer for it, they have answered by now."""
+    engine: Engine
+    if run.vllm_urls:
+        with served(run, journal):
+            engine = _ask(run, tokenizer, run.answers or unfinished / "answers", questions, counter)
+        model = models.load(run.teacher)
+    else:
+        model = models.load(run.teacher)
+        engine = LocalEngine(model, tokenizer, kept=KeptBatches(unfinished / "teacher"))
     return Speaker(model, engine, models.pad_id(tokenizer))
+
+
+def _ask(
+    run: Run, tokenizer: PreTrainedTokenizerBase, cache: Path, questions: Questions, counter: Counter
+) -> CachedEngine:
+    """Has servers answer everything; an engine that knows the answers.
+
+    Raises:
+        TeacherTruncated: no answer to train on has an end, or no rewrite.
+    """
+    limit = run.request.generation.max_new_tokens
+    engine = CachedEngine(VllmEngine(run.vllm_urls, tokenizer), cache, sha256(run.teacher), tokenizer)
+    answers = engine.answer(questions.train, limit, counter.part(len(questions.train)))
+    if tokenizer.chat_template is not None:  # without one it continues texts
+        require_an_end(answers, limit)
+    engine.answer(questions.validation, limit, counter.part(len(questions.validation)))
+    rewrites = engine.answer(questions.rewritings, ROOM * limit, counter.part(len(questions.rewritings)))
+    require_an_end(rewrites, ROOM * limit)
+    return engine
 
 
 def _student(run: Run, tokenizer: PreTrainedTokenizerBase, kept: KeptBatches) -> Speaker:
@@ -192,22 +241,22 @@ def _with_references(prompts: Sequence[Prompt]) -> list[Prompt]:
 def _rewrite(
     run: Run,
     teacher: Speaker,
-    prompts: Sequence[Prompt],
+    rewritten: Sequence[tuple[Prompt, Prompt]],
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     counter: Counter,
 ) -> None:
-    """Leaves the texts to learn in `texts.jsonl`, and where each comes from in `rewrites.jsonl`."""
-    asked = [rewriting(prompt) for prompt in prompts]
-    short = encode(asked, tokenizer, run.request.training.max_length)
-    limit = ROOM * run.request.generation.max_new_tokens
-    answers = teacher.engine.answer(short, limit, counter.part(len(prompts)))
-    if run.vllm_urls:
-        require_an_end(answers, limit)
+    """Leaves the texts to learn in `texts.jsonl`, and where each comes from in `rewrites.jsonl`.
+
+    `rewritten` has each prompt, and the one that asks the teacher to rewrite its reference.
+    """
+    questions = [question for _, question in rewritten]
+    short = encode(questions, tokenizer, run.request.training.max_length)
+    answers = teacher.say(short, ROOM * run.request.generation.max_new_tokens, counter)
     given = {answer.prompt_ids: answer for answer in answers}
     asked_ids = {id(item.prompt): item.ids for item in short}
     rows, origins = [], []
-    for prompt, question in zip(prompts, asked, strict=True):
+    for prompt, question in rewritten:
         answer = given.get(asked_ids.get(id(question), ()))
         text, origin = settle(prompt, answer.answer if answer else "", answer.finish if answer else "length")
         rows.append(prompt.model_copy(update={"completion": text}))

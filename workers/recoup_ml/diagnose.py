@@ -18,7 +18,7 @@ from recoup.schemas import Splits
 from recoup_ml import damage, measures, models, results, verdict
 from recoup_ml.alignment import GROUPS, Positions, choose_positions
 from recoup_ml.errors import EmptyDataset, NonFiniteWeights, TeacherMismatch
-from recoup_ml.generate import LocalEngine, usable
+from recoup_ml.generate import LocalEngine, Tick, usable
 from recoup_ml.observation import Observation, observe, save_states
 from recoup_ml.probe import Probe, make_probe
 from recoup_ml.results import Behaviour, Diagnosis
@@ -26,6 +26,7 @@ from recoup_ml.run import Counter, Done, Journal, Run
 from recoup_ml.scores import Scores, compare, greedy_share
 from recoup_ml.sequences import Answered, Encoded, encode, read_jsonl, write_jsonl
 from recoup_ml.splits import Split, prompts_sha256, split
+from recoup_ml.turns import served
 from recoup_ml.vllm_engine import VllmEngine
 
 MIN_TEST = GROUPS
@@ -46,7 +47,7 @@ def diagnose(run: Run, journal: Journal, _done: Done, folder: Path) -> None:
     probe = make_probe(run, prompts, tokenizer)
     counter = Counter(journal, 4 * len(prompts) + 2 * probe.answers, "sequences")
     found = damage.inspect(run.student, run.teacher)
-    exam, teacher, floor = _examine_teacher(run, prompts, probe, folder, counter)
+    exam, teacher, floor = _examine_teacher(run, journal, prompts, probe, folder, counter)
     models.release()
     student = models.load(run.student)
     before, states = sit(student, exam, probe, counter)
@@ -104,20 +105,11 @@ def split_prompts(run: Run) -> Split:
     return split(run.prompts, wanted.test_sequences, wanted.validation_sequences, asked)
 
 
-def engine(
-    run: Run, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> LocalEngine | VllmEngine:
-    """Who answers for the teacher: servers if the run names any, else the model itself."""
-    return VllmEngine(run.vllm_urls, tokenizer) if run.vllm_urls else LocalEngine(teacher, tokenizer)
-
-
 def _examine_teacher(
-    run: Run, prompts: Sequence[Encoded], probe: Probe, folder: Path, counter: Counter
+    run: Run, journal: Journal, prompts: Sequence[Encoded], probe: Probe, folder: Path, counter: Counter
 ) -> tuple[Exam, Behaviour, Scores]:
     """The exam, the teacher's own behaviour, and its divergence to itself after rounding."""
-    model = models.load(run.teacher)
-    speaker = engine(run, model, probe.tokenizer)
-    asked = speaker.answer(prompts, run.request.generation.max_new_tokens, counter.part(len(prompts)))
+    asked, model = _ask_teacher(run, journal, prompts, probe.tokenizer, counter.part(len(prompts)))
     test = usable(asked)
     if len(test) < MIN_TEST:
         raise EmptyDataset(f"The teacher answered {len(test)} test prompts; at least {MIN_TEST} are needed.")
@@ -128,6 +120,19 @@ def _examine_teacher(
     rounded = observe(model, exam.test, exam.pad_id, exam.positions, counter.part(len(exam.test)))
     save_states(folder / "ceiling-states.safetensors", rounded.states)
     return exam, behaviour, compare(exam.teacher, rounded, exam.test)
+
+
+def _ask_teacher(
+    run: Run, journal: Journal, prompts: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, tick: Tick
+) -> tuple[list[Answered], PreTrainedModel]:
+    """Its answers, from servers if the run names any, and the teacher itself, loaded once they were asked."""
+    limit = run.request.generation.max_new_tokens
+    if not run.vllm_urls:
+        model = models.load(run.teacher)
+        return LocalEngine(model, tokenizer).answer(prompts, limit, tick), model
+    with served(run, journal):
+        answers = VllmEngine(run.vllm_urls, tokenizer).answer(prompts, limit, tick)
+    return answers, models.load(run.teacher)
 
 
 def _observe_teacher(

@@ -32,6 +32,8 @@ class Run:
     """Texts for bits per character; empty: text that Python carries."""
     vllm_urls: tuple[str, ...]
     """Servers that answer for the teacher, all alike; none: the teacher answers in this process."""
+    vllm_command: tuple[str, ...] = ()
+    """Serves there while it runs, for stages that ask (`turns.py`); empty: the servers are there already."""
     answers: Path | None = None
     """The folder of the cache of servers' answers, shared by recoveries; none: nothing is remembered."""
     halvings: int = 0

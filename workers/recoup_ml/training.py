@@ -25,6 +25,7 @@ from recoup_ml.models import can_pack, head, last_hidden
 from recoup_ml.objective import Divergence
 from recoup_ml.plan import Phase, Plan
 from recoup_ml.regulariser import Regulariser
+from recoup_ml.room import Shape, free_bytes, tokens_at_once
 from recoup_ml.run import Interrupted
 from recoup_ml.sequences import Answered, Batch, batches, packs
 from recoup_ml.snapshots import Snapshot, Snapshots, dice, moments, restore_dice, restore_moments
@@ -37,8 +38,6 @@ from recoup_ml.trajectory import Recorder
 WARMUP_SHARE, FINAL_SHARE = 0.1, 0.1
 MAX_GRADIENT_NORM = 1.0
 VALIDATIONS, FEWEST_VALIDATIONS, STEPS_BETWEEN = 8, 4, 6
-MICRO_TOKENS = {"cpu": 256, "cuda": 16_384}
-"""Tokens that go through the student at once; what a batch holds more comes one after another."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +134,7 @@ class Training:
         courses = [course, *([self._keep] if self._keep else [])]
         at = self._go_on(courses)
         began, when = time.monotonic() - at.seconds, validation_steps(phase.steps)
+        self._tokens = self._tokens_at_once()
         recorder = self.watchers.recorder
         if recorder and not self._curve:
             self._kl()
@@ -211,12 +211,19 @@ class Training:
 
     def _learn(self, lesson: Lesson, regulariser: Regulariser | None = None) -> float:
         share = -(-sum(map(len, lesson.answers)) // self.team.size)
-        tokens = min(MICRO_TOKENS[self.trainee.model.device.type] >> self.halvings, share)
+        tokens = min(self._tokens, share)
         pieces = (
             packs(lesson.answers, tokens) if self._packs else batches(lesson.answers, self.pad_id, tokens)
         )
         mine = self.team.share([*pieces])
         return learn(self.trainee.model, lesson, self.plan.divergence, mine, regulariser)
+
+    def _tokens_at_once(self) -> int:
+        """Tokens that go through the student at once; the same for all processes, which share the pieces."""
+        model, born = self.trainee.model, bool(self._optimizer.state)
+        unborn = 0 if born else sum(weight.numel() for weight in self.trainee.parameters)
+        mine = tokens_at_once(free_bytes(model.device), Shape.of(model), unborn)
+        return min(self.team.gathered(mine)) >> self.halvings
 
     def _validate(self, phase: Phase) -> Stopped | None:
         """Adds a checkpoint, marked as chosen if it is the best so far; says whether to stop."""

@@ -2,8 +2,8 @@
 
 Its runners see these and no others (`CUDA_VISIBLE_DEVICES`). A lock for each GPU, below home, is held for as
 long as the worker lives, so that two workers of one home on one host share no GPU; the kernel lets go of it
-however the worker ends. A GPU that is named once by number and once by UUID is not recognised. One recovery
-computes on one GPU, the first of the set: nothing here spreads it over several.
+however the worker ends. A GPU that is named once by number and once by UUID is not recognised. A recovery
+trains on all of the set (`recoup_ml/team.py`) and does the rest on the first.
 """
 
 import fcntl

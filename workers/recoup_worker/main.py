@@ -22,6 +22,7 @@ from recoup_worker.gpus import owned
 from recoup_worker.memory import device_memory_bytes
 from recoup_worker.scrapes import showing_metrics
 from recoup_worker.tasks import follow_hint, take_one
+from recoup_worker.turns import require_an_environment
 
 
 def serve(settings: Settings) -> None:
@@ -29,6 +30,7 @@ def serve(settings: Settings) -> None:
     scrub_logs()
     if settings.broker_url is None:
         raise SystemExit("RECOUP_BROKER_URL is not set: a worker needs a Redis or Valkey to hear of jobs.")
+    require_an_environment(settings)
     options = [
         "--pool=threads",
         "--concurrency=1",
@@ -48,6 +50,7 @@ def serve_once(settings: Settings) -> None:
 
     It asks the ledger alone; nobody has to send it a hint, so it needs no broker.
     """
+    require_an_environment(settings)
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())

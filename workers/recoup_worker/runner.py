@@ -36,6 +36,7 @@ from recoup_ml.run import Interrupted
 from recoup_worker import exits
 from recoup_worker.expectation import expect, expected, learn
 from recoup_worker.journal import LedgerJournal
+from recoup_worker.turns import served_by
 
 ANSWERS = "answers"
 """The folder, below home, of servers' answers that recoveries share."""
@@ -133,10 +134,12 @@ def _run(claim: Claim, ledger: Ledger, settings: Settings) -> "Run":
 
     request = claim.request
     text = request.evaluation.natural_text
+    teacher = locate(request.teacher.source, settings.model_roots)
+    urls, command = served_by(teacher, request, settings, settings.jobs_dir / claim.job_id)
     return Run(
         job_id=claim.job_id,
         student=locate(request.student.source, settings.model_roots).path,
-        teacher=locate(request.teacher.source, settings.model_roots).path,
+        teacher=teacher.path,
         request=request,
         prompts=load_prompts(ledger, settings, request.prompts),
         keep=load_prompts(ledger, settings, request.keep) if request.keep else [],
@@ -145,7 +148,8 @@ def _run(claim: Claim, ledger: Ledger, settings: Settings) -> "Run":
             for spec in request.evaluation.tasks
         ],
         natural_text=load_text(ledger, settings, text) if text else [],
-        vllm_urls=tuple(settings.vllm_urls),
+        vllm_urls=urls,
+        vllm_command=command,
         answers=settings.home / ANSWERS,
         halvings=claim.memory_failures,
         processes=max(1, len(settings.gpus)),
