@@ -47,7 +47,8 @@ class Launch(Output):
     """How a vLLM is started that can serve this."""
 
     arguments: list[str]
-    """Of `vllm serve`."""
+    """Of `vllm serve`, the model first: a student by its source, a deployment's folder as it lies below
+    `RECOUP_HOME`."""
     environment: dict[str, str]
 
 
