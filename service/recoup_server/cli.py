@@ -61,6 +61,7 @@ def api(home: Home = None, host: Host = "127.0.0.1", port: Port = DEFAULT_PORT) 
     import uvicorn
 
     from recoup_api.app import create_app
+    from recoup_api.limit import LONGEST_HEAD
     from recoup_jobs.ledger import open_ledger
 
     settings = _settings(home)
@@ -75,6 +76,7 @@ def api(home: Home = None, host: Host = "127.0.0.1", port: Port = DEFAULT_PORT) 
             timeout_graceful_shutdown=5,
             server_header=False,
             log_config=None,
+            h11_max_incomplete_event_size=LONGEST_HEAD,
         )
     finally:
         ledger.close()
