@@ -13,6 +13,7 @@ The applications take turns; each figure is the least of its rounds.
 
 import asyncio
 import contextlib
+import gc
 import http.client
 import json
 import resource
@@ -273,4 +274,6 @@ if __name__ == "__main__":
     else:
         import uvicorn
 
-        uvicorn.run(APPS[sys.argv[1]](Path(sys.argv[2])), port=PORT, log_level="error")
+        served = APPS[sys.argv[1]](Path(sys.argv[2]))
+        gc.freeze()  # as `recoup-server api` does
+        uvicorn.run(served, port=PORT, log_level="error")

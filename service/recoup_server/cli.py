@@ -3,6 +3,7 @@
 What each starts is imported then.
 """
 
+import gc
 import signal
 import sys
 import time
@@ -69,8 +70,10 @@ def api(home: Home = None, host: Host = "127.0.0.1", port: Port = DEFAULT_PORT) 
     _require_key(settings, host)
     ledger = open_ledger(settings)
     try:
+        served = create_app(settings, ledger, sweep=True)
+        gc.freeze()  # what a service is made of stays: no request looks through it for garbage
         uvicorn.run(
-            create_app(settings, ledger, sweep=True),
+            served,
             host=host,
             port=port,
             timeout_graceful_shutdown=5,
