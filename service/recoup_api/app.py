@@ -19,6 +19,7 @@ from recoup_api import (
     ops,
     problems,
     recoveries,
+    straight,
     webhooks,
 )
 from recoup_api.gateway import Gateway
@@ -29,6 +30,7 @@ from recoup_api.observing import Observing
 from recoup_api.prompting import CreateChatCompletion, CreateCompletion
 from recoup_api.query import known_query
 from recoup_api.rates import Rates
+from recoup_api.threads import make_threads
 from recoup_api.watch import Watch
 from recoup_jobs.deployments import Deployments
 from recoup_jobs.dispatch import Publish, celery_app, celery_publisher
@@ -99,6 +101,7 @@ def create_app(
     app.add_middleware(Observing)
     problems.install(app, ROUTERS)
     document.install(app, INPUTS)
+    app.router.routes[:0] = straight.ROUTES
     for router in ROUTERS:
         app.include_router(router, dependencies=[Depends(known_query)])
     return app
@@ -116,6 +119,7 @@ def _with_threads(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        make_threads()
         for thread in running:
             thread.start()
         try:

@@ -13,9 +13,7 @@ from recoup_api.wiring import (
     TheInspections,
     TheLedger,
     TheSettings,
-    needs,
-    of_kind,
-    own_job,
+    for_jobs,
 )
 from recoup_jobs.answers import Answer
 from recoup_jobs.artifacts import open_artifact
@@ -28,7 +26,7 @@ PATH = "/v1/diagnoses"
 router = APIRouter(
     prefix=PATH,
     tags=["diagnoses"],
-    dependencies=[Depends(needs("jobs")), Depends(of_kind("diagnosis")), Depends(own_job)],
+    dependencies=[Depends(for_jobs("diagnosis"))],
 )
 
 
@@ -50,19 +48,17 @@ def create(
     asked = body.as_recovery()
 
     def make(keep: Keep) -> Answer:
-        def keep_accepted(conn: Connection, job: Recovery) -> None:
+        def also(conn: Connection, job: Recovery) -> None:
+            require_room_for_job(conn, caller.tenant, settings.max_live_jobs)
             keep(conn, DIAGNOSIS.accepted(job))
 
-        require_room_for_job(ledger, caller.tenant, settings.max_live_jobs)
         preflight(asked, ledger, settings, caller.tenant, inspections)
-        return DIAGNOSIS.accepted(
-            ledger.create(asked, settings.queue, caller.tenant, keep_accepted, "diagnosis")
-        )
+        return DIAGNOSIS.accepted(ledger.create(asked, settings.queue, caller.tenant, also, "diagnosis"))
 
     return answer_once(request, idempotency_key, body.model_dump_json(), make)
 
 
-def _shown(job: Recovery, ledger: Ledger, settings: Settings) -> Diagnosis:
+def _detailed(job: Recovery, ledger: Ledger, settings: Settings) -> Diagnosis:
     if job.state != "succeeded":
         return _listed(job)
     opened = open_artifact(published(job.id, ledger, settings), "report.json")
@@ -78,5 +74,5 @@ def _listed(job: Recovery) -> Diagnosis:
     )
 
 
-DIAGNOSIS = Kind("diagnosis", PATH, Diagnosis, Page[Diagnosis], _shown, _listed)
+DIAGNOSIS = Kind("diagnosis", PATH, Diagnosis, Page[Diagnosis], _listed, _detailed)
 add_to(router, DIAGNOSIS)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
+from sqlalchemy import Connection
 
 from recoup.schemas import Event, Page, Recovery
 from recoup_api.body import body_of, documented
@@ -18,9 +19,7 @@ from recoup_api.wiring import (
     TheInspections,
     TheLedger,
     TheSettings,
-    needs,
-    of_kind,
-    own_job,
+    for_jobs,
 )
 from recoup_jobs import catalog
 from recoup_jobs.answers import Answer
@@ -41,12 +40,11 @@ from recoup_jobs.openai_jobs import (
 from recoup_jobs.preflight import preflight
 from recoup_jobs.quotas import require_room_for_job
 from recoup_jobs.tables import events
-from recoup_jobs.tenancy import require_own_job
 
 router = APIRouter(
     prefix="/v1/fine_tuning/jobs",
     tags=["fine-tuning"],
-    dependencies=[Depends(needs("jobs")), Depends(of_kind("recovery")), Depends(own_job)],
+    dependencies=[Depends(for_jobs("recovery"))],
 )
 
 JobBody = Annotated[CreateJob, Depends(body_of(CreateJob))]
@@ -65,16 +63,16 @@ def create(
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
     def make(keep: Keep) -> Answer:
-        require_room_for_job(ledger, caller.tenant, settings.max_live_jobs)
+        def also(conn: Connection, new: Recovery) -> None:
+            require_room_for_job(conn, caller.tenant, settings.max_live_jobs)
+            keep(conn, answer(new))
+
         recovery = as_recovery(body, settings.aliases, _rows(ledger, caller, body))
         try:
             preflight(recovery, ledger, settings, caller.tenant, inspections)
         except Unprocessable as refusal:
             raise in_words_of_job(refusal.items) from None
-        made = ledger.create(
-            recovery, settings.queue, caller.tenant, lambda conn, new: keep(conn, answer(new))
-        )
-        return answer(made)
+        return answer(ledger.create(recovery, settings.queue, caller.tenant, also))
 
     def answer(recovery: Recovery) -> Answer:
         return Answer(200, {}, json.dumps(as_job(recovery, settings.aliases, caller.tenant)))
@@ -139,7 +137,7 @@ def list_checkpoints(
 
 def _require_own_cursor(ledger: Ledger, after: str, caller: Caller) -> None:
     try:
-        require_own_job(ledger, after, caller.tenant)
+        ledger.get(after, caller.tenant)
     except NotFound:
         raise BadRequest("invalid_cursor", "`after` must be the id of a job of an earlier page") from None
 

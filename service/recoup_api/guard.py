@@ -13,20 +13,20 @@ from ipaddress import ip_address
 import structlog
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from recoup_api.limit import require_countable_body, require_small_headers
 from recoup_api.problems import answer
 from recoup_api.rates import Rates
+from recoup_api.threads import in_thread
 from recoup_jobs.errors import BadRequest, RecoupError, Unavailable
 from recoup_jobs.keys import Caller, Keyring
 
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/openapi.json", "/docs"})
 NOBODY = Caller("", frozenset(), None)
 OUTAGES = (OperationalError, PoolTimeout)
-SECURITY_HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+SECURITY_HEADERS = ((b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"))
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -43,7 +43,7 @@ class Guard:
             return await self._app(scope, receive, send)
         headers = Headers(scope=scope)
         request_id = _request_id(headers.get("x-request-id", ""))
-        also: dict[str, str] = {}
+        also: list[tuple[bytes, bytes]] = []
         structlog.contextvars.bind_contextvars(request_id=request_id)
         bodiless = scope["method"] == "HEAD"
         if bodiless:  # what GET would answer, but for the body
@@ -51,8 +51,9 @@ class Guard:
 
         async def send_named(message: Message) -> None:
             if message["type"] == "http.response.start":
-                own = {"x-request-id": request_id} | SECURITY_HEADERS
-                MutableHeaders(scope=message).update(own | also)
+                own = [(b"x-request-id", request_id.encode()), *SECURITY_HEADERS, *also]
+                names = {name for name, _ in own}
+                message["headers"] = [*(h for h in message["headers"] if h[0] not in names), *own]
                 await send(message)
                 if bodiless:
                     await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -71,21 +72,21 @@ class Guard:
         scope.setdefault("state", {}).update(request_id=request_id, caller=caller)
         return await self._app(scope, receive, send_named)
 
-    async def _admit(self, path: str, headers: Headers, also: dict[str, str]) -> Caller:
+    async def _admit(self, path: str, headers: Headers, also: list[tuple[bytes, bytes]]) -> Caller:
         """Who calls; where its rate stands becomes headers of whatever the answer is."""
         if path in OPEN_PATHS:
             return NOBODY
         key = _key(headers.get("authorization", ""))
         caller = self._keys.remembered(key)
         if caller is None:
-            caller = await run_in_threadpool(self._keys.admit, key)
+            caller = await in_thread(self._keys.admit, key)
         if key is None:
             _require_loopback(headers.get("host", ""))
         else:
             try:
                 self._rates.take(caller.key or caller.tenant)
             finally:
-                also |= self._rates.headers(caller.key or caller.tenant)
+                also += self._rates.headers(caller.key or caller.tenant)
         return caller
 
 

@@ -1,7 +1,7 @@
 """What a recovery and a diagnosis have in common over HTTP: to be listed, read, steered and followed.
 
-`add_to(router, kind)` gives a router these routes. `Kind.shown` makes of the ledger's job what clients of
-this kind get; a list shows jobs without what lies in files.
+`add_to(router, kind)` gives a router these routes. `Kind.listed` makes of the ledger's job what clients of
+this kind get, and `Kind.detailed` the same with what lies in files.
 """
 
 import re
@@ -22,6 +22,7 @@ from recoup_api.downloads import Download
 from recoup_api.examples import CHANGE
 from recoup_api.idempotency import IdempotencyKey, Keep, answer_once
 from recoup_api.query import METADATA_PARAMETER, MetadataWanted
+from recoup_api.threads import in_thread
 from recoup_api.watch import etag, known_etags
 from recoup_api.wiring import After, Limit, TheCaller, TheLedger, TheSettings, TheWatch
 from recoup_jobs.answers import Answer
@@ -52,8 +53,12 @@ class Kind(Generic[J]):
     model: type[J]
     page: Any
     """The model of a page of them."""
-    shown: Callable[[Recovery, Ledger, Settings], J]
     listed: Callable[[Recovery], J]
+    detailed: Callable[[Recovery, Ledger, Settings], J] | None = None
+    """With what lies in files, where there is such."""
+
+    def shown(self, job: Recovery, ledger: Ledger, settings: Settings) -> J:
+        return self.listed(job) if self.detailed is None else self.detailed(job, ledger, settings)
 
     def accepted(self, job: Recovery) -> Answer:
         """To a request that made this job."""
@@ -89,21 +94,29 @@ def _add_reading(router: APIRouter, kind: Kind[Any]) -> None:
 
     @router.get("/{id}", response_model=kind.model)
     async def read(
-        id: str,
-        watch: TheWatch,
-        ledger: TheLedger,
-        settings: TheSettings,
+        id: str,  # noqa: ARG001 - documents the path
+        request: Request,
         wait: Annotated[float, Query(ge=0, le=60)] = 0,
         if_none_match: Annotated[str, Header(max_length=1000)] = "",
     ) -> Response:
         """With `wait`, answers at the next change, or after so many seconds."""
-        known = known_etags(if_none_match)
-        job = await watch.newer(id, known, wait)
-        headers = {"ETag": etag(job)}
-        if etag(job) in known:
-            return Response(status_code=304, headers=headers)
-        shown = kind.shown(job, ledger, settings)
-        return Response(shown.model_dump_json(), headers=headers, media_type="application/json")
+        return await answer_with(kind, request, wait, if_none_match)
+
+
+async def answer_with(kind: Kind[Any], request: Request, wait: float, if_none_match: str) -> Response:
+    """The job that was asked for, at once or once it is newer."""
+    state, known = request.app.state, known_etags(if_none_match)
+    job: Recovery = request.state.job
+    if wait:
+        job = await state.watch.newer(job, known, wait)
+    headers = {"ETag": etag(job)}
+    if etag(job) in known:
+        return Response(status_code=304, headers=headers)
+    if kind.detailed is None:
+        shown = kind.listed(job)
+    else:
+        shown = await in_thread(kind.detailed, job, state.ledger, state.settings)
+    return Response(shown.model_dump_json(), headers=headers, media_type="application/json")
 
 
 def _add_verbs(router: APIRouter, kind: Kind[Any]) -> None:

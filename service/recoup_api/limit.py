@@ -12,6 +12,8 @@ from recoup_jobs.errors import BadRequest, HeadersTooLarge, UnsupportedMedia
 
 LONGEST_BODY = 1 << 20
 LONGEST_HEADERS = 32 << 10
+LONGEST_HEAD = 256 << 10
+"""What uvicorn reads of a head: enough to answer in our words that it is too long."""
 PATIENCE_SECONDS = 15.0
 SLOWEST_BYTES_PER_SECOND = 16 << 10
 

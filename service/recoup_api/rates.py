@@ -20,6 +20,7 @@ class Rates:
         self._per_second = per_second
         self._burst = burst
         self._clock = clock
+        self._policy = f'"{POLICY}";q={burst};w={math.ceil(burst / per_second)}'.encode()
         self._buckets: dict[str, tuple[float, float]] = {}
 
     def take(self, key: str) -> None:
@@ -30,15 +31,12 @@ class Rates:
             raise TooMany("rate_limited", f"this key may call {self._per_second:g} times a second", wait)
         self._buckets[key] = left - 1, moment
 
-    def headers(self, key: str) -> dict[str, str]:
+    def headers(self, key: str) -> list[tuple[bytes, bytes]]:
         """Where the bucket stands."""
         left, _ = self._left(key)
-        window = math.ceil(self._burst / self._per_second)
         full = math.ceil((self._burst - left) / self._per_second)
-        return {
-            "RateLimit-Policy": f'"{POLICY}";q={self._burst};w={window}',
-            "RateLimit": f'"{POLICY}";r={int(left)};t={full}',
-        }
+        stands = f'"{POLICY}";r={int(left)};t={full}'
+        return [(b"ratelimit-policy", self._policy), (b"ratelimit", stands.encode())]
 
     def _left(self, key: str) -> tuple[float, float]:
         """How many tokens there are by now, and when that is."""

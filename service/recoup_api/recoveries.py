@@ -5,6 +5,7 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import FileResponse
+from sqlalchemy import Connection
 
 from recoup.schemas import (
     Artifact,
@@ -20,20 +21,14 @@ from recoup_api.dry_run import foresee, require_servable
 from recoup_api.examples import REQUEST
 from recoup_api.idempotency import IdempotencyKey, Keep, answer_once, require_key
 from recoup_api.jobs import NOT_OUR_PAGE, ByAccept, Kind, add_to, published
-from recoup_api.wiring import (
-    TheCaller,
-    TheInspections,
-    TheLedger,
-    TheSettings,
-    needs,
-    of_kind,
-    own_job,
-)
+from recoup_api.threads import in_thread
+from recoup_api.wiring import TheLedger, TheSettings, for_jobs
 from recoup_jobs.answers import Answer
 from recoup_jobs.artifacts import RECIPE, open_artifact
 from recoup_jobs.errors import NotFound, RangeNotSatisfiable
 from recoup_jobs.preflight import preflight
 from recoup_jobs.quotas import require_room_for_job
+from recoup_jobs.settings import Settings
 
 
 async def _one_range(request: Request) -> None:
@@ -45,11 +40,11 @@ PATH = "/v1/recoveries"
 router = APIRouter(
     prefix=PATH,
     tags=["recoveries"],
-    dependencies=[Depends(needs("jobs")), Depends(of_kind("recovery")), Depends(own_job)],
+    dependencies=[Depends(for_jobs("recovery"))],
 )
 
 
-RECOVERY = Kind("recovery", PATH, Recovery, Page[Recovery], lambda job, *_: job, lambda job: job)
+RECOVERY = Kind("recovery", PATH, Recovery, Page[Recovery], lambda job: job)
 
 
 @router.post(
@@ -59,33 +54,34 @@ RECOVERY = Kind("recovery", PATH, Recovery, Page[Recovery], lambda job, *_: job,
     responses={200: {"model": DryRun, "description": "With `dry_run`: nothing was queued."}},
     openapi_extra=documented(CreateRecovery, REQUEST),
 )
-def create(
-    request: Request,
-    body: RecoveryBody,
-    ledger: TheLedger,
-    settings: TheSettings,
-    caller: TheCaller,
-    inspections: TheInspections,
-    dry_run: bool = False,
-    idempotency_key: IdempotencyKey = None,
+async def create(
+    request: Request, body: RecoveryBody, dry_run: bool = False, idempotency_key: IdempotencyKey = None
 ) -> Response:
     """With `dry_run` nothing is queued: the answer is plan, findings, warnings and estimate."""
-    if dry_run:
-        require_key(idempotency_key)
-        found = foresee(body, ledger, settings, caller.tenant, inspections)
-        return Response(found.model_dump_json(), media_type="application/json")
+    return await in_thread(_foreseen if dry_run else _created, request, body, idempotency_key)
+
+
+def _foreseen(request: Request, body: CreateRecovery, key: str | None) -> Response:
+    require_key(key)
+    state, tenant = request.app.state, request.state.caller.tenant
+    found = foresee(body, state.ledger, state.settings, tenant, state.inspections)
+    return Response(found.model_dump_json(), media_type="application/json")
+
+
+def _created(request: Request, body: CreateRecovery, key: str | None) -> Response:
+    state, tenant = request.app.state, request.state.caller.tenant
+    settings: Settings = state.settings
 
     def make(keep: Keep) -> Answer:
-        require_room_for_job(ledger, caller.tenant, settings.max_live_jobs)
-        seen = preflight(body, ledger, settings, caller.tenant, inspections)
-        require_servable(body, seen, ledger, settings)
-        return RECOVERY.accepted(
-            ledger.create(
-                body, settings.queue, caller.tenant, lambda conn, job: keep(conn, RECOVERY.accepted(job))
-            )
-        )
+        def also(conn: Connection, job: Recovery) -> None:
+            require_room_for_job(conn, tenant, settings.max_live_jobs)
+            keep(conn, RECOVERY.accepted(job))
 
-    return answer_once(request, idempotency_key, body.model_dump_json(), make)
+        seen = preflight(body, state.ledger, settings, tenant, state.inspections)
+        require_servable(body, seen, state.ledger, settings)
+        return RECOVERY.accepted(state.ledger.create(body, settings.queue, tenant, also))
+
+    return answer_once(request, key, body.model_dump_json(), make)
 
 
 add_to(router, RECOVERY)

@@ -12,12 +12,12 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from fastapi.concurrency import run_in_threadpool
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from recoup.schemas import Event, Recovery
 from recoup.schemas.recovery import TERMINAL_STATES
+from recoup_api.threads import in_thread
 from recoup_jobs.ledger import Ledger
 from recoup_jobs.looking import Standing, standings
 
@@ -47,21 +47,18 @@ class Watch:
         self._feeds: dict[str, Feed] = {}
         self._looking: asyncio.Task[None] | None = None
 
-    async def newer(self, id: str, known: set[str], wait_seconds: float) -> Recovery:
+    async def newer(self, recovery: Recovery, known: set[str], wait_seconds: float) -> Recovery:
         """The recovery once its ETag is not `known`, or it has ended, or the wait is over.
 
-        With nothing known, what is new counts from the first look.
+        With nothing known, what is new counts from `recovery` on, as it was read a moment ago.
         """
-        recovery = await run_in_threadpool(self._ledger.get, id)
-        if wait_seconds == 0:
-            return recovery
         known = known or {etag(recovery)}
         deadline = time.monotonic() + wait_seconds
-        with self._joined(id) as feed:
+        with self._joined(recovery.id) as feed:
             while etag(recovery) in known and recovery.state not in TERMINAL_STATES:
                 if not await _moves(feed, deadline - time.monotonic()):
                     break
-                recovery = await run_in_threadpool(self._ledger.get, id)
+                recovery = await in_thread(self._ledger.get, recovery.id)
         return recovery
 
     async def stream(self, id: str, after: int) -> AsyncIterator[bytes]:
@@ -84,7 +81,7 @@ class Watch:
             if feed.recent and feed.recent[0][0] <= after + 1:
                 fresh = [item for item in feed.recent if item[0] > after]
             else:
-                fresh = await run_in_threadpool(self._read, id, after)
+                fresh = await in_thread(self._read, id, after)
             for item in fresh:
                 yield item
                 after = item[0]
@@ -110,7 +107,7 @@ class Watch:
     async def _look(self) -> None:
         while self._feeds:
             try:
-                found = await run_in_threadpool(standings, self._ledger, [*self._feeds])
+                found = await in_thread(standings, self._ledger, [*self._feeds])
                 for id, standing in found.items():
                     await self._move(id, standing)
             except (OperationalError, PoolTimeout):
@@ -122,7 +119,7 @@ class Watch:
         if feed is None or feed.standing == standing:
             return
         if feed.standing and standing.last_seq > feed.standing.last_seq:
-            feed.recent.extend(await run_in_threadpool(self._read, id, feed.standing.last_seq))
+            feed.recent.extend(await in_thread(self._read, id, feed.standing.last_seq))
             if feed.recent[-1][0] < standing.last_seq:  # too many at once: watchers read the ledger
                 feed.recent.clear()
         feed.standing = standing

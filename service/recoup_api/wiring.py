@@ -5,15 +5,15 @@ from typing import Annotated, Literal
 
 from fastapi import Depends, Query, Request
 
+from recoup_api.threads import in_thread
 from recoup_api.watch import Watch
 from recoup_jobs.deployments import Deployments
 from recoup_jobs.errors import Forbidden, NotFound
 from recoup_jobs.inspection import Inspections
 from recoup_jobs.keys import Caller
-from recoup_jobs.kinds import PREFIXES, JobKind, kind_of
+from recoup_jobs.kinds import JobKind, kind_of
 from recoup_jobs.ledger import Ledger
 from recoup_jobs.settings import Settings
-from recoup_jobs.tenancy import require_own_job
 
 
 async def _ledger(request: Request) -> Ledger:
@@ -24,16 +24,6 @@ async def _ledger(request: Request) -> Ledger:
 async def _settings(request: Request) -> Settings:
     settings: Settings = request.app.state.settings
     return settings
-
-
-def of_kind(kind: JobKind) -> Callable[[Request], Awaitable[None]]:
-    """What refuses ids of other kinds of jobs below a path."""
-
-    async def check(request: Request) -> None:
-        if kind_of(request.path_params.get("id", PREFIXES[kind])) != kind:
-            raise NotFound(f"{kind}_not_found", f"there is no {kind} of this id")
-
-    return check
 
 
 async def _watch(request: Request) -> Watch:
@@ -55,11 +45,38 @@ def needs(what: str, how: Literal["read"] | None = None) -> Callable[[Request], 
     """A dependency of a router: its GETs need the scope `<what>:read`, all else `<what>:write` or `how`."""
 
     async def check(request: Request) -> None:
-        scope = f"{what}:{how or ('read' if request.method == 'GET' else 'write')}"
-        if scope not in request.state.caller.scopes:
-            raise Forbidden("insufficient_scope", f"this key lacks the scope {scope}")
+        _require_scope(request, f"{what}:{how or _how(request)}")
 
     return check
+
+
+def for_jobs(kind: JobKind) -> Callable[[Request], Awaitable[None]]:
+    """A dependency of a router: whatever a route does with a job, it is the caller's, and of this kind.
+
+    The job is left in `request.state.job`. One dependency does it all, because each costs a request as much
+    as a statement of SQL.
+    """
+
+    async def check(request: Request) -> None:
+        _require_scope(request, f"jobs:{_how(request)}")
+        id = request.path_params.get("id")
+        if id is None:
+            return
+        if kind_of(id) != kind:
+            raise NotFound(f"{kind}_not_found", f"there is no {kind} of this id")
+        ledger: Ledger = request.app.state.ledger
+        request.state.job = await in_thread(ledger.get, id, request.state.caller.tenant)
+
+    return check
+
+
+def _how(request: Request) -> str:
+    return "read" if request.method == "GET" else "write"
+
+
+def _require_scope(request: Request, scope: str) -> None:
+    if scope not in request.state.caller.scopes:
+        raise Forbidden("insufficient_scope", f"this key lacks the scope {scope}")
 
 
 async def _inspections(request: Request) -> Inspections:
@@ -73,12 +90,6 @@ TheWatch = Annotated[Watch, Depends(_watch)]
 TheDeployments = Annotated[Deployments, Depends(_deployments)]
 TheCaller = Annotated[Caller, Depends(_caller)]
 TheInspections = Annotated[Inspections, Depends(_inspections)]
-
-
-def own_job(request: Request, ledger: TheLedger, caller: TheCaller) -> None:
-    """Whatever a route does with a job, it is the caller's."""
-    if "id" in request.path_params:
-        require_own_job(ledger, request.path_params["id"], caller.tenant)
 
 
 Limit = Annotated[int, Query(ge=1, le=100)]

@@ -101,7 +101,10 @@ class Keyring:
         """The caller, if that can be told without the database."""
         if key is None:
             return OPERATOR if self._is_open and self._clock() < self._open_until else None
-        caller, until = self._known.get(_digest(key), (None, 0.0))
+        digest = _digest(key)
+        if self._is_own(digest):
+            return OPERATOR
+        caller, until = self._known.get(digest, (None, 0.0))
         return caller if self._clock() < until else None
 
     def admit(self, key: str | None) -> Caller:
@@ -118,7 +121,7 @@ class Keyring:
 
     def _holder(self, key: str) -> Caller | None:
         digest = _digest(key)
-        if self._own is not None and hmac.compare_digest(digest, self._own):
+        if self._is_own(digest):
             return OPERATOR
         caller = self._stored(key, digest)
         if caller is not None:
@@ -126,6 +129,9 @@ class Keyring:
                 self._known = {d: known for d, known in self._known.items() if known[1] > self._clock()}
                 self._known[digest] = caller, self._clock() + REMEMBERED_SECONDS
         return caller
+
+    def _is_own(self, digest: str) -> bool:
+        return self._own is not None and hmac.compare_digest(digest, self._own)
 
     def _stored(self, key: str, digest: str) -> Caller | None:
         shape = KEY.fullmatch(key)

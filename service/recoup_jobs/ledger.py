@@ -24,7 +24,7 @@ from recoup.schemas import (
 )
 from recoup_jobs import tracing, verbs
 from recoup_jobs.claims import Claim, abandoned, claim_of, fence, give_back, held_by, take, without_worker
-from recoup_jobs.database import READ_ONLY, connect, migrate, patiently
+from recoup_jobs.database import connect, migrate, patiently, reader_of
 from recoup_jobs.errors import BadRequest, Conflict, NotFound, PreconditionFailed
 from recoup_jobs.failures import judge
 from recoup_jobs.filters import EVERY, Wanted
@@ -56,7 +56,7 @@ class Ledger:
         self, engine: Engine, max_application_failures: int = 3, max_infrastructure_losses: int = 5
     ) -> None:
         self.engine = engine
-        self._reader = engine.execution_options(**READ_ONLY)
+        self._reader = reader_of(engine)
         self._max_failures = max_application_failures
         self._max_losses = max_infrastructure_losses
 
@@ -87,13 +87,17 @@ class Ledger:
             "traceparent": tracing.traceparent(),
         }
         with self.engine.begin() as conn:
-            recovery = _recovery(begin(conn, row))
+            recovery = _recovery(begin(conn, row), request)
             also(conn, recovery)
             return recovery
 
-    def get(self, id: str) -> Recovery:
+    def get(self, id: str, tenant: str | None = None) -> Recovery:
+        """Another tenant's job is as unknown as one that never was; None: anybody's, for a worker."""
         with self.reading() as conn:
-            return _recovery(_job(conn, id))
+            job = _job(conn, id)
+        if tenant not in (None, job.tenant):
+            raise _unknown(id)
+        return _recovery(job)
 
     def list(
         self,
@@ -314,9 +318,13 @@ def _job(conn: Connection, id: str, lock: bool = False) -> Row[Any]:
     query = _LOCKED_JOB if lock else _JOB
     job = conn.execute(query, {"id": id}).first() if JOB_ID.fullmatch(id) else None
     if job is None:
-        kind = kind_of(id)
-        raise NotFound(f"{kind}_not_found", f"there is no {kind} of this id")
+        raise _unknown(id)
     return job
+
+
+def _unknown(id: str) -> NotFound:
+    kind = kind_of(id)
+    return NotFound(f"{kind}_not_found", f"there is no {kind} of this id")
 
 
 def _cursor(conn: Connection, after: str) -> int:
@@ -336,7 +344,8 @@ def _committed(conn: Connection, job_id: str) -> dict[str, str]:
     return {row.stage: row.folder for row in conn.execute(query.order_by(stages.c.committed_at))}
 
 
-def _recovery(row: Row[Any]) -> Recovery:
+def _recovery(row: Row[Any], request: CreateRecovery | None = None) -> Recovery:
+    """`request`: what the row holds, where that is known."""
     return Recovery(
         id=row.id,
         object="recovery",
@@ -345,7 +354,7 @@ def _recovery(row: Row[Any]) -> Recovery:
         outcome=row.outcome,
         error=row.error and JobError(**row.error),
         progress=row.progress and Progress(**row.progress),
-        request=CreateRecovery.model_validate_json(row.request),
+        request=request or CreateRecovery.model_validate_json(row.request),
         pausing=row.pausing,
         retry_of=row.retry_of,
         epoch=row.epoch,

@@ -22,7 +22,6 @@ from recoup_jobs.servability import ADAPTER_CONFIG, launch_adapter, launch_model
 from recoup_jobs.settings import Settings
 from recoup_jobs.sources import locate
 from recoup_jobs.stores import open_store
-from recoup_jobs.tenancy import require_own_job
 
 PROBE = "probe.json"
 
@@ -94,8 +93,7 @@ def weights_sha256(folder: Path) -> str:
 
 
 def _prepared(asked: CreateDeployment, ledger: Ledger, settings: Settings, tenant: str) -> NewDeployment:
-    require_own_job(ledger, asked.recovery, tenant)
-    recovery = ledger.get(asked.recovery)
+    recovery = ledger.get(asked.recovery, tenant)
     published = _published(ledger, settings, recovery.id)
     read_probe(ledger, settings, recovery.id)
     student, id = recovery.request.student.source, new_id()

@@ -7,7 +7,8 @@ replacement: a secret of another shape goes through.
 
 import logging
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 GONE = "[secret]"
@@ -49,6 +50,29 @@ def scrub_logs() -> None:
     make = logging.getLogRecordFactory()
     if not isinstance(make, _Scrubbing):
         logging.setLogRecordFactory(_Scrubbing(make))
+
+
+def scrub_prints() -> None:
+    """From now on whatever this process prints, by whichever library, is scrubbed, each writing by itself."""
+    sys.stdout, sys.stderr = _Scrubbed(sys.stdout), _Scrubbed(sys.stderr)
+
+
+class _Scrubbed:
+    """A text stream, of which others see nothing but its texts changed."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(scrub(text))
+        return len(text)
+
+    def writelines(self, texts: Iterable[str]) -> None:
+        for text in texts:
+            self.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 class _Scrubbing:

@@ -63,9 +63,9 @@ class ModelFolder:
 def locate(source: str, roots: Sequence[Path]) -> ModelFolder:
     """The folder that `source` names: relative to a root, or absolute and below one."""
     for root in map(_resolved, roots):
-        path = Path(os.path.realpath(root / source))
-        if path != root and path.is_relative_to(root) and _is_folder(path):
-            return ModelFolder(root, path)
+        path = os.path.realpath(root / source)
+        if path.startswith(f"{root}{os.sep}") and _is_folder(place := Path(path)):
+            return ModelFolder(root, place)
     raise Unprocessable("model_not_found", f"{source} is no folder below a model root of this server")
 
 

@@ -69,6 +69,7 @@ jobs = Table(
     Column("traceparent", String(55)),
     _tenant(),
     Index("ix_jobs_tenant", "tenant", "number"),
+    Index("ix_jobs_tenant_state", "tenant", "state"),
     Index("ix_jobs_finished_at", "finished_at"),
     sqlite_autoincrement=True,
 )

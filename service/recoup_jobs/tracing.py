@@ -24,6 +24,10 @@ TRACEPARENT = "TRACEPARENT"
 ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
 
 _W3C = TraceContextTextMapPropagator()
+_NOTHING = context.Context()
+_NUMBER = random.SystemRandom()
+_TRACER = trace.get_tracer("recoup")
+"""Stands for the real one, once `start` has set that."""
 
 
 def start(service: str) -> Callable[[], None]:
@@ -50,8 +54,8 @@ def start(service: str) -> Callable[[], None]:
 @contextmanager
 def span(name: str, parent: str | None, **attributes: str | int) -> Iterator[None]:
     """A piece of work in the trace of `parent`, a `traceparent`, or in one of its own; logs carry its id."""
-    above = _W3C.extract({"traceparent": parent} if parent else {}, context.Context())
-    made = trace.get_tracer("recoup").start_span(name, above, attributes=attributes)
+    above = _W3C.extract({"traceparent": parent}, _NOTHING) if parent else _NOTHING
+    made = _TRACER.start_span(name, above, attributes=attributes)
     if not made.get_span_context().is_valid:  # nobody sent ids, and nobody here makes any
         made = NonRecordingSpan(_new_context())
     with trace.use_span(made, end_on_exit=True):
@@ -73,6 +77,5 @@ def headers() -> Mapping[str, str]:
 
 
 def _new_context() -> SpanContext:
-    number = random.SystemRandom()
-    trace_id, span_id = number.getrandbits(128) or 1, number.getrandbits(64) or 1
+    trace_id, span_id = _NUMBER.getrandbits(128) or 1, _NUMBER.getrandbits(64) or 1
     return SpanContext(trace_id, span_id, is_remote=False, trace_flags=TraceFlags(TraceFlags.DEFAULT))

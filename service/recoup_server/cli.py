@@ -3,6 +3,7 @@
 What each starts is imported then.
 """
 
+import gc
 import signal
 import sys
 import time
@@ -61,6 +62,7 @@ def api(home: Home = None, host: Host = "127.0.0.1", port: Port = DEFAULT_PORT) 
     import uvicorn
 
     from recoup_api.app import create_app
+    from recoup_api.limit import LONGEST_HEAD
     from recoup_jobs.ledger import open_ledger
 
     settings = _settings(home)
@@ -68,13 +70,16 @@ def api(home: Home = None, host: Host = "127.0.0.1", port: Port = DEFAULT_PORT) 
     _require_key(settings, host)
     ledger = open_ledger(settings)
     try:
+        served = create_app(settings, ledger, sweep=True)
+        gc.freeze()  # what a service is made of stays: no request looks through it for garbage
         uvicorn.run(
-            create_app(settings, ledger, sweep=True),
+            served,
             host=host,
             port=port,
             timeout_graceful_shutdown=5,
             server_header=False,
             log_config=None,
+            h11_max_incomplete_event_size=LONGEST_HEAD,
         )
     finally:
         ledger.close()

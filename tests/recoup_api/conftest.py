@@ -13,6 +13,7 @@ from fastapi.testclient import TestClient
 from safetensors.numpy import save, save_file
 
 from recoup_api.app import create_app
+from recoup_api.limit import LONGEST_HEAD
 from recoup_jobs.artifacts import publish
 from recoup_jobs.ledger import open_ledger
 from recoup_jobs.settings import Settings
@@ -57,7 +58,10 @@ def serving(app):
     """The application on a port of this machine; yields its URL."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+    config = uvicorn.Config(
+        app, log_level="warning", timeout_graceful_shutdown=1, h11_max_incomplete_event_size=LONGEST_HEAD
+    )
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     while not server.started:

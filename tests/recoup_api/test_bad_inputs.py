@@ -77,6 +77,12 @@ def test_a_body_that_is_none(post, content, status, code):
     assert time.process_time() - began < 0.5
 
 
+def test_deep_nesting_is_refused_before_it_is_read(post):
+    began = time.process_time()
+    post(b"[" * 100_000)
+    assert time.process_time() - began < 0.05
+
+
 def test_malformed_json_is_told_with_its_place(post):
     assert "character 13" in post(b'{"student": {').detail
 
@@ -94,6 +100,7 @@ def test_malformed_json_is_told_with_its_place(post):
         ("training.steps", '"2"', "/training/steps"),
         ("training.steps", "true", "/training/steps"),
         ("training.steps", "1.0", "/training/steps"),
+        ("student.source", '"a\\u0000"', "/student/source"),
         ("metadata.k", '"\\u0000"', "/metadata/k"),
         ("metadata.k", '"\\ud800"', "/metadata/k"),
         ("metadata.k", '"\\udc00\\ud800"', "/metadata/k"),
@@ -384,7 +391,7 @@ def test_headers_that_are_too_large(raw):
 
 
 def test_headers_that_are_far_too_large(raw):
-    assert raw(GET + b"X-Long: " + b"x" * 100_000 + b"\r\n\r\n")[0] in {400, 431}
+    assert raw(GET + b"X-Long: " + b"x" * 100_000 + b"\r\n\r\n")[0] == 431
 
 
 def test_a_body_that_never_comes(raw, monkeypatch):

@@ -10,6 +10,7 @@ from recoup_api.idempotency import InFlightKeys
 from recoup_jobs.answers import Request
 from recoup_jobs.errors import InFlight
 from recoup_jobs.ledger import open_ledger
+from recoup_jobs.tables import DEFAULT_TENANT
 
 KEY = {"idempotency-key": "one"}
 
@@ -60,7 +61,7 @@ def test_what_was_refused_is_not_kept(client, body):
     assert client.post("/v1/recoveries", json=body, headers=KEY).status_code == 202
 
 
-@pytest.mark.parametrize("key", ["x" * 256, "a b", "é".encode(), ""])
+@pytest.mark.parametrize("key", ["x" * 256, "x" * 10_000, "a b", "é".encode(), ""])
 def test_a_key_that_is_none_is_refused(client, body, key):
     refused = client.post("/v1/recoveries", json=body, headers={"idempotency-key": key})
     assert (refused.status_code, refused.json()["code"]) == (400, "invalid_idempotency_key")
@@ -76,6 +77,14 @@ def test_a_request_is_alone_with_its_key():
             pass
     with keys.alone(asked):
         pass
+
+
+def test_a_request_whose_key_is_at_work_may_be_tried_again_soon(client, body, ledger):
+    with client.app.state.in_flight.alone(Request(DEFAULT_TENANT, "one", "")):
+        refused = client.post("/v1/recoveries", json=body, headers=KEY)
+    assert (refused.status_code, refused.json()["code"]) == (409, "idempotency_in_flight")
+    assert refused.headers["retry-after"] == "1"
+    assert ledger.list(None, 10).data == []
 
 
 def test_an_upload_is_stored_once_whatever_its_boundary(client, settings):

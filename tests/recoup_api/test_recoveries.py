@@ -316,3 +316,50 @@ def test_a_retry_with_one_key_makes_one_job(client, ledger, job):
     assert answers[1].headers["idempotent-replayed"] == "true"
     assert answers[0].json()["retry_of"] == job["id"]
     assert len(ledger.list(None, 10).data) == 2
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"if-none-match": '"1"'},
+        {"if-none-match": '"2", W/"1"'},
+        {"if-none-match": "x" * 300},
+        {"if-none-match": "x" * 1001},
+        {"if-none-match": '"1"' + " " * 700},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("known", [True, False])
+def test_the_short_way_to_read_answers_as_the_documented_one(client, job, headers, known):
+    url = f"/v1/recoveries/{job['id'] if known else 'rec_' + '0' * 24}"
+    short, documented = (client.get(url + query, headers=headers) for query in ("", "?wait=0"))
+    assert short.status_code == documented.status_code
+    assert as_told(short) == as_told(documented)
+
+
+@pytest.mark.parametrize(
+    ("change", "headers"),
+    [
+        ({}, {}),
+        ({}, {"idempotency-key": "x" * 300}),
+        ({}, {"content-type": "text/plain"}),
+        ({"foo": 1}, {}),
+        ({"student": {"source": "nowhere"}}, {}),
+    ],
+)
+def test_the_short_way_to_create_answers_as_the_documented_one(client, body, change, headers):
+    sent = {"json": body | change, "headers": {"content-type": "application/json"} | headers}
+    short, documented = (client.post(f"/v1/recoveries{query}", **sent) for query in ("", "?dry_run=false"))
+    assert short.status_code == documented.status_code
+    assert as_told(short) == as_told(documented)
+
+
+def as_told(answer):
+    """Headers and body, without what is of this one answer alone."""
+    own = {"x-request-id", "location", "content-length", "ratelimit"}
+    headers = {name: value for name, value in answer.headers.items() if name not in own}
+    body = answer.json() if answer.content else {}
+    return headers, {
+        name: value for name, value in body.items() if name not in {"id", "created_at", "request_id"}
+    }

@@ -75,6 +75,15 @@ def test_an_event_id_that_is_none_is_refused(client, claim, id):
     assert (refused.status_code, refused.json()["code"]) == (400, "invalid_event_id")
 
 
+def test_a_stream_from_a_future_event_waits_for_the_end(url, ledger, claim):
+    later = threading.Timer(0.6, lambda: ledger.succeed(claim, "recovered"))
+    later.start()
+    began = time.monotonic()
+    assert [type for _, type, _ in listen(url, claim.job_id, **{"last-event-id": "999999999999"})] == ["end"]
+    later.join()
+    assert time.monotonic() - began > 0.5
+
+
 class CountedLedger:
     """A ledger that notes when it was looked at, and how often its events were read."""
 

@@ -2,10 +2,11 @@
 
 import io
 import logging
+import sys
 
 import pytest
 
-from recoup_jobs.scrubber import GONE, places_of_secrets, scrub, scrub_logs, scrubbed
+from recoup_jobs.scrubber import GONE, places_of_secrets, scrub, scrub_logs, scrub_prints, scrubbed
 
 SECRETS = [
     "hf_AbCdEfGhIjKlMnOpQrStUvWxYz",
@@ -91,3 +92,15 @@ def test_no_log_of_any_library_has_one(logged, secret):
 
 def test_numbers_stay_numbers_in_a_log(logged):
     assert "7 0.50" in logged(logging.WARNING, "%d %.2f", 7, 0.5)
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize("secret", SECRETS)
+def test_what_a_library_prints_holds_no_secret(monkeypatch, stream, secret):
+    printed = io.StringIO()
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, printed)
+    scrub_prints()
+    print("the token is", secret, file=getattr(sys, stream), flush=True)
+    getattr(sys, stream).writelines(["one\n", f"{secret}\n"])
+    assert printed.getvalue() == f"the token is {GONE}\none\n{GONE}\n"

@@ -28,7 +28,7 @@ from recoup_jobs.kinds import kind_of
 from recoup_jobs.ledger import Ledger, open_ledger
 from recoup_jobs.preflight import preflight
 from recoup_jobs.processes import die_with_parent, die_with_stdin
-from recoup_jobs.scrubber import scrub, scrub_logs
+from recoup_jobs.scrubber import scrub_logs, scrub_prints
 from recoup_jobs.settings import Settings
 from recoup_jobs.sources import locate
 from recoup_ml.durable import UNFINISHED
@@ -51,6 +51,7 @@ def main() -> int:
     die_with_parent()
     die_with_stdin()
     scrub_logs()
+    scrub_prints()
     settings = Settings()
     job_id, epoch = sys.argv[1], int(sys.argv[2])
     logs.configure(settings.log_format)
@@ -85,7 +86,7 @@ def run_claimed(claim: Claim, ledger: Ledger, settings: Settings, stopping: thre
     except RecoupError as error:
         ledger.fail(claim, error.code, str(error), retry=isinstance(error, Unavailable))
     except Exception as error:
-        print(scrub(traceback.format_exc()), file=sys.stderr)
+        traceback.print_exc()
         ledger.fail(claim, "internal_error", f"{type(error).__name__}: {error}", retry=True)
     return exits.ENDED
 
