@@ -79,7 +79,7 @@ SERVES = ("--enable-lora", "--max-lora-rank=64")
 
 pytestmark = [
     pytest.mark.slow,  # environments are installed, and a vLLM takes a minute to start
-    pytest.mark.timeout(3000),
+    pytest.mark.timeout(5400),
     pytest.mark.skipif(
         "RECOUP_TEST_VLLM_PYTHON" not in os.environ,
         reason="RECOUP_TEST_VLLM_PYTHON names no environment of vLLM (deploy/vllm/environment.sh)",
@@ -153,7 +153,7 @@ def host(root, images, models, database, tmp_path_factory):
         running.enter_context(host.service("api", "--port", str(host.ports["api"])))
         wait_until(lambda: host.well("api"), 120)
         with host.service("vllm-cpu"):
-            wait_until(lambda: host.well("vllm-cpu"), 600)
+            wait_until(lambda: host.well("vllm-cpu"), 1200)
             running.enter_context(host.service("worker-cpu"))
             yield host
 
@@ -314,7 +314,7 @@ def recovery(client, tmp_path_factory):
     prompts.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     file = client.files.create(prompts)
     made = client.recoveries.create(student="student", teacher="teacher", prompts={"file": file.id}, **SMALL)
-    return client.recoveries.wait(made.id, timeout=900)
+    return client.recoveries.wait(made.id, timeout=1800)
 
 
 def test_a_whole_recovery_goes_through_what_the_images_start(host, client, recovery):
@@ -337,8 +337,8 @@ def test_what_was_recovered_is_deployed_on_a_vllm_and_answers(host, client, reco
     assert recovery.outcome in {"recovered", "partial"}, client.recoveries.report(recovery.id).reason
     made = client.deployments.create(recovery.id, name="support")
     with host.service("serving"):
-        wait_until(lambda: host.well("serving"), 600)
-        live = client.deployments.wait(made.id, timeout=240)
+        wait_until(lambda: host.well("serving"), 1200)
+        live = client.deployments.wait(made.id, timeout=600)
         assert [replica.state for replica in live.replicas] == ["ready"]
         key = (host.secrets / "recoup_api_key").read_text()
         said = httpx2.post(

@@ -18,7 +18,7 @@ from recoup_server.embedded import running
 
 pytestmark = [
     pytest.mark.slow,  # a vLLM takes a minute to start, and starts three times
-    pytest.mark.timeout(2400),
+    pytest.mark.timeout(3600),
     pytest.mark.skipif(
         "RECOUP_TEST_VLLM_PYTHON" not in os.environ,
         reason="RECOUP_TEST_VLLM_PYTHON names no environment of vLLM (deploy/vllm/environment.sh)",
@@ -75,7 +75,7 @@ def test_a_vllm_is_started_for_the_stages_that_ask_it_and_dies_with_a_runner_tha
 ) -> None:
     file = client.files.create(write_rows(300)).id
     job = client.recoveries.create(student="student", teacher="teacher", prompts={"file": file}, **REQUEST)
-    until = time.monotonic() + 900
+    until = time.monotonic() + 1800  # a machine that is busy with other work takes its time
     while not (processes(settings, "vllm.entrypoints") and client.recoveries.get(job.id).stage == "generate"):
         assert time.monotonic() < until
         time.sleep(0.2)

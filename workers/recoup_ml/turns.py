@@ -16,7 +16,7 @@ from recoup_ml import models
 from recoup_ml.errors import TeacherUnavailable
 from recoup_ml.run import Audience, Interrupted, Run
 
-LOOK_SECONDS = 0.2
+LOOK_SECONDS = 1.0
 STOP_SECONDS = 60.0
 """A server that has not ended by then, with all that it started, is killed."""
 
