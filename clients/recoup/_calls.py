@@ -180,6 +180,7 @@ def create_recovery(
 ) -> Call[Recovery]:
     """Submit a recovery, either a ready `request` or its fields; a bare str names a model's source.
 
+    With `teach` the student is healthy: it is its own teacher, and `teacher` may be left out.
     The same `idempotency_key` again, even from another process, is answered with the same job.
     Raises pydantic's ValidationError, or InvalidArgumentError on a key, before anything is sent.
     """
@@ -370,7 +371,8 @@ def _request_body(
 ) -> Any:
     """Only what the caller set is sent: defaults stay the server's."""
     if request is None:
-        models = {"student": _model(student), "teacher": _model(teacher)}
+        own = student if teacher is None and fields.get("teach") else teacher
+        models = {"student": _model(student), "teacher": _model(own)}
         request = schemas.CreateRecovery.model_validate(models | fields)
     elif fields or student is not None or teacher is not None:
         raise TypeError("create() takes a request or its fields, not both.")

@@ -29,6 +29,7 @@ from recoup.schemas import (
     Recovery,
     Report,
     Sample,
+    Teaching,
     TrainingReport,
 )
 
@@ -47,13 +48,36 @@ def print_verdict(report: Report, console: Console) -> None:
 
 
 def verdict_lines(report: Report) -> list[str]:
-    """The outcome, why, and the recovered fraction with its interval."""
+    """The outcome, why, and the recovered fraction with its interval, or what was learnt."""
     fraction = _estimate(report.recovered) if report.recovered else "not measured"
+    said = [f"outcome: {report.outcome}", f"reason: {clean(report.reason)}"]
+    if report.teaching:
+        return [*said, *_teaching_lines(report.teaching)]
     return [
-        f"outcome: {report.outcome}",
-        f"reason: {clean(report.reason)}",
+        *said,
         f"recovered fraction: {fraction}",
         *_baseline_lines(report.baseline),
+    ]
+
+
+def _teaching_lines(taught: Teaching) -> list[str]:
+    """What was learnt, what was lost over it, and what costs no training beside it."""
+    changes = {"loss on held-out demonstrations": taught.loss, "answered rightly": taught.right}
+    shown = taught.in_context
+    return [
+        *(
+            f"{name}: {_number(item.before)} → {_number(item.after)}, change {_estimate(item.change)}"
+            for name, item in changes.items()
+        ),
+        f"drift from what it was: {_estimate(taught.drift)}",
+        *(
+            [
+                f"untaught, with {shown.shots} demonstrations in its context: loss {_number(shown.loss)}, "
+                f"right {_number(shown.right)}; lead of the training over it: {_estimate(shown.lead)}"
+            ]
+            if shown
+            else []
+        ),
     ]
 
 
@@ -125,8 +149,8 @@ def trajectory_lines(training: TrainingReport | None) -> list[str]:
 
 def verdict_table(report: Report) -> Table:
     """Each measure of the teacher, before and after; then the alignment; in the caption what it cost."""
-    title, caption = f"Recovery {clean(report.recovery)}", _cost(report.cost, report.training)
-    table = Table(title=Text(title), caption=Text(caption))
+    title = f"{'Teaching' if report.teaching else 'Recovery'} {clean(report.recovery)}"
+    table = Table(title=Text(title), caption=Text(_cost(report.cost, report.training)))
     for column in ("measure", "teacher", "before", "after", "recovered [95 %]"):
         table.add_column(column, justify="left" if column == "measure" else "right")
     for measure in report.measures:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial, wraps
 from inspect import Signature, signature
 from pathlib import Path
@@ -34,6 +34,8 @@ class Asked:
     sets: dict[str, str | Path]
     """Prompts by the field that names them: an uploaded file's id, or a path."""
     tasks: list[tuple[dict[str, str], str | Path]]
+    teach: dict[str, str | Path] = field(default_factory=dict)
+    """Demonstrations, and those held out, by their field of `teach`."""
 
     def check(self, request: type[BaseModel] = CreateRecovery) -> None:
         """Raises ValidationError before a file is uploaded for nothing."""
@@ -45,14 +47,19 @@ class Asked:
         def place(found: str | Path) -> str:
             return upload(found) if isinstance(found, Path) else found
 
-        sets = {field: {"file": place(found)} for field, found in self.sets.items()}
+        sets = {name: {"file": place(found)} for name, found in self.sets.items()}
         tasks = [spec | {"file": place(found)} for spec, found in self.tasks]
-        return self.fields | sets | ({"evaluation": {"tasks": tasks}} if tasks else {})
+        teach = self.fields.get("teach", {}) | {name: place(found) for name, found in self.teach.items()}
+        return self.fields | sets | given(evaluation=given(tasks=tasks or None), teach=teach)
 
 
 def _asked(
-    student: Annotated[str, typer.Option(help="The damaged model, as the server names it.")],
-    teacher: Annotated[str, typer.Option(help="Its healthy original.")],
+    student: Annotated[
+        str, typer.Option(help="The damaged model, as the server names it; with --teach, a healthy one.")
+    ],
+    teacher: Annotated[
+        str | None, typer.Option(help="Its healthy original; with --teach the student itself, if left out.")
+    ] = None,
     prompts: Annotated[
         str | None,
         typer.Option(metavar=FILE, help="JSONL of general prompts, or an uploaded one; default: built in."),
@@ -60,6 +67,20 @@ def _asked(
     keep: Annotated[
         str | None, typer.Option(metavar=FILE, help="JSONL of prompts of a skill to keep.")
     ] = None,
+    teach: Annotated[
+        str | None,
+        typer.Option(metavar=FILE, help="JSONL of demonstrations of a skill that the student is to learn."),
+    ] = None,
+    held_out: Annotated[
+        str | None,
+        typer.Option(metavar=FILE, help="JSONL of demonstrations that decide; default: a fifth of --teach."),
+    ] = None,
+    match: Annotated[
+        Match | None, typer.Option(help="When an answer to a held-out demonstration is right.")
+    ] = None,
+    rehearse: Annotated[
+        bool, typer.Option(help="With --teach: hold the model to what it was on general prompts.")
+    ] = True,
     task: Annotated[
         list[str] | None,
         typer.Option(metavar=TASK, help="JSONL of prompts with right answers to measure; may be repeated."),
@@ -78,9 +99,13 @@ def _asked(
         bool | None, typer.Option("--servable", help="Refuse what vLLM could not serve, before training.")
     ] = None,
 ) -> Asked:
+    taught = given(file=place_of(teach, "--teach"), held_out=place_of(held_out, "--held-out"))
+    if teach is None and (teacher is None or held_out or match):
+        raise typer.BadParameter("a recovery needs a teacher; --held-out and --match belong to --teach.")
     fields = given(
         student={"source": student},
-        teacher={"source": teacher},
+        teacher={"source": teacher or student},
+        teach=_teach(taught, match, rehearse),
         damage=damage,
         method=given(type=method),
         training=given(mode=mode, steps=steps, learning_rate=learning_rate, batch_size=batch_size),
@@ -91,7 +116,15 @@ def _asked(
         priority=priority,
     )
     sets = given(prompts=place_of(prompts, "--prompts"), keep=place_of(keep, "--keep"))
-    return Asked(fields, sets, [*map(task_of, task or [])])
+    return Asked(fields, sets, [*map(task_of, task or [])], taught)
+
+
+def _teach(taught: dict[str, str | Path], match: Match | None, rehearse: bool) -> dict[str, Any]:
+    """The field `teach` without its files, which are yet to be uploaded."""
+    if not taught:
+        return {}
+    unsent = {name: f"file-{number:024x}" for number, name in enumerate(taught)}
+    return unsent | given(match=match, rehearse=None if rehearse else False)
 
 
 def with_request(command: Callable[..., None]) -> Callable[..., None]:

@@ -44,7 +44,7 @@ def _forecast(
     request: CreateRecovery, seen: Look, ledger: Ledger, settings: Settings
 ) -> Forecast | ProblemItem | None:
     """What would be, or why it cannot be; None where findings say so already."""
-    readable = not any(item.pointer.endswith("/file") for item in seen.findings)
+    readable = not any(item.pointer.endswith(("/file", "/held_out")) for item in seen.findings)
     if not (seen.student and seen.teacher and readable):
         return None
     try:

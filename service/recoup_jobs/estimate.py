@@ -94,6 +94,21 @@ class Amounts:
     """A prompt, about."""
     keep_rows: int = 0
     task_rows: tuple[int, ...] = ()
+    demonstrations: int = 0
+    """Of a skill that is taught."""
+    held_out: int | None = None
+    """Of these, what comes in a file of its own."""
+
+    def tested_rows(self, most: int) -> int:
+        """Demonstrations that decide."""
+        own = max(1, round(TEST_SHARE * self.demonstrations))
+        return min(most, own if self.held_out is None else self.held_out) if self.demonstrations else 0
+
+    @property
+    def taught_rows(self) -> int:
+        """Demonstrations that train, about."""
+        rest = self.demonstrations if self.held_out is not None else (1 - TEST_SHARE) * self.demonstrations
+        return round((1 - VALIDATION_SHARE) * rest)
 
 
 class PlannedPhase(Protocol):
@@ -180,7 +195,9 @@ def need_of(
     trained = _trained(plan, student)
     beside = teacher.loaded_bytes(machine) if _needs_teacher(request, plan) else 0
     training = student.loaded_bytes(machine) + beside + OPTIMIZER_BYTES * trained if plan.phases else 0
-    taught = min(amounts.rows, _answers(plan, "teacher")) * request.generation.max_new_tokens
+    held_to = plan.batch_size * sum(phase.steps for phase in plan.phases)
+    learnt = held_to if request.teach and request.teach.rehearse else _answers(plan, "teacher")
+    taught = min(amounts.rows, learnt) * request.generation.max_new_tokens
     reading = held + 4 * machine.logit_rows * student.vocabulary
     learning = training + _activations(student, training, machine) + 4 * student.hidden * taught
     return Need(
@@ -200,20 +217,25 @@ def _work(request: CreateRecovery, plan: Planned, amounts: Amounts) -> dict[Stag
     probed = SAMPLES * limit + DEFAULT_KEEP_TOKENS * min(KEPT, amounts.keep_rows // 2)
     probed += sum(min(rows, wanted.task_rows) * limit for rows in amounts.task_rows)
     natural = WINDOWS * WINDOW_TOKENS
-    taught = min(train, max(_answers(plan, "teacher"), CALIBRATION))
-    rewritten = min(train, _answers(plan, "rewrites"))
-    kept = min(amounts.keep_rows, sum(phase.steps for phase in plan.phases) * plan.batch_size)
+    teach = request.teach
+    taught = 0 if teach else min(train, max(_answers(plan, "teacher"), CALIBRATION))
+    rewritten = min(amounts.taught_rows if teach else train, _answers(plan, "rewrites"))
     steps = sum(phase.steps for phase in plan.phases)
-    sequences = steps * plan.batch_size * (2 if amounts.keep_rows else 1)
+    rehearsed = min(train, steps * plan.batch_size) if teach and teach.rehearse else 0
+    kept = min(amounts.keep_rows, steps * plan.batch_size - rehearsed)
+    sequences = steps * plan.batch_size * (2 if amounts.keep_rows or rehearsed else 1)
+    shown = amounts.tested_rows(wanted.test_sequences)
     rolled = (_answers(plan, "student") + _answers(plan, "demonstrated")) * limit
     return {
-        "diagnose": Work(test * limit + 2 * probed, 3 * test * length + 2 * natural),
+        "diagnose": Work(
+            (test + 2 * shown) * limit + 2 * probed, (3 * test + 2 * shown) * length + 2 * natural
+        ),
         "generate": Work(
-            (taught + validation + 2 * rewritten) * limit + kept * DEFAULT_KEEP_TOKENS,
-            (taught + validation) * length,
+            (taught + validation + 2 * rewritten + rehearsed) * limit + kept * DEFAULT_KEEP_TOKENS,
+            (taught + validation + rehearsed) * length,
         ),
         "distil": Work(rolled, (VALIDATIONS + TRIALS) * validation * length, sequences * length),
-        "evaluate": Work(2 * probed, 2 * test * length + 2 * natural),
+        "evaluate": Work(2 * probed + shown * limit, (2 * test + shown) * length + 2 * natural),
         "package": Work(read=length),
     }
 

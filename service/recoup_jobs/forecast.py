@@ -86,7 +86,8 @@ def forecast(
 ) -> Forecast:
     """Raises `Unprocessable` where `make_plan` raises `refusal` whatever the damage may be."""
     amounts = _amounts(request, ledger, settings)
-    plan = _plan(request, student, teacher, amounts.rows, make_plan, refusal)
+    learnt = amounts.taught_rows if request.teach else amounts.rows
+    plan = _plan(request, student, teacher, learnt, make_plan, refusal)
     ours, theirs = _sizes(student), _sizes(teacher)
     need = need_of(request, plan, ours, theirs, amounts, machine_of(settings.queue))
     mode = plan.trainable.mode if plan.phases else UNTRAINED
@@ -150,11 +151,14 @@ def _amounts(request: CreateRecovery, ledger: Ledger, settings: Settings) -> Amo
         seen.append(prompt)
         if len(seen) == LOOKED_AT and isinstance(request.prompts, FilePrompts):
             break
+    teach = request.teach
     letters = sum(len(message.content) for prompt in seen for message in prompt.messages)
     return Amounts(
         rows=len(seen) if isinstance(request.prompts, BuiltinPrompts) else _rows(ledger, request.prompts),
         prompt_tokens=TEMPLATE_TOKENS + letters // (LETTERS_A_TOKEN * max(1, len(seen))),
         keep_rows=_rows(ledger, request.keep) if request.keep else 0,
+        demonstrations=_rows(ledger, FilePrompts(file=teach.file)) if teach else 0,
+        held_out=_rows(ledger, FilePrompts(file=teach.held_out)) if teach and teach.held_out else None,
         task_rows=tuple(_rows(ledger, FilePrompts(file=task.file)) for task in request.evaluation.tasks),
     )
 

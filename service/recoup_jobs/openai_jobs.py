@@ -2,7 +2,7 @@
 
 `model` names the student, or an alias of the settings that names student, teacher and method. Without an
 alias the teacher and the method may stand in `metadata` (`teacher`, `method`). Where no teacher is named the
-model teaches itself: `supervised` becomes `self_demonstration`, a fine-tuning that does not forget.
+model is healthy: `supervised` teaches it the demonstrations of the training file, and it keeps what it could.
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError
 
-from recoup.schemas import CreateRecovery, Event, FilePrompts, ProblemItem, Recovery
+from recoup.schemas import HANDED_OVER, CreateRecovery, Event, FilePrompts, ProblemItem, Recovery
 from recoup.schemas.request import FileId, Input, MetadataKey, MetadataValue
 from recoup_jobs.errors import Unprocessable
 from recoup_jobs.findings import items_of
@@ -25,8 +25,10 @@ ORIGINS = {
     "/teacher": "/metadata/teacher",
     "/method": "/metadata/method",
     "/prompts": "/training_file",
+    "/teach/file": "/training_file",
+    "/teach/held_out": "/validation_file",
+    "/teach": "/validation_file",
 }
-WITH_WEIGHTS = frozenset({"recovered", "partial"})
 ROWS_A_STEP = 8
 """What an epoch is counted by where the batch size is `auto`."""
 USUAL_LEARNING_RATE = 1e-4
@@ -58,7 +60,8 @@ class CreateJob(Input):
     model: Annotated[str, Field(min_length=1, max_length=500)]
     training_file: FileId
     validation_file: FileId | None = None
-    """Must exist. Recoup holds prompts of `training_file` out by itself."""
+    """Held-out demonstrations that decide; without it, and where a teacher is named, rows of `training_file`
+    are held out."""
     hyperparameters: Hyperparameters = Hyperparameters()
     method: Method | None = None
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
@@ -72,12 +75,15 @@ def as_recovery(job: CreateJob, aliases: dict[str, Alias], rows: int) -> CreateR
     """`rows`: of the training file. Raises `Unprocessable` for models and metadata that cannot be."""
     named = dict(job.metadata or {})
     alias = aliases.get(job.model) or Alias(student=job.model, teacher=named.get("teacher"))
-    method = named.get("method") or alias.method or ("auto" if alias.teacher else "self_demonstration")
+    if alias.teacher in {None, alias.student}:
+        rows_of: dict[str, Any] = {"teach": {"file": job.training_file, "held_out": job.validation_file}}
+    else:
+        rows_of = {"prompts": {"file": job.training_file}}
     body: dict[str, Any] = {
         "student": {"source": alias.student},
         "teacher": {"source": alias.teacher or alias.student},
-        "prompts": {"file": job.training_file},
-        "method": {"type": method},
+        **rows_of,
+        "method": {"type": named.get("method") or alias.method or "auto"},
         "training": _training(job, rows),
         "output": {"name": _plain(job.suffix)},
         "seed": job.seed or 0,
@@ -102,7 +108,7 @@ def as_job(recovery: Recovery, aliases: dict[str, Alias], tenant: str) -> dict[s
     model = next((name for name, alias in aliases.items() if alias.pair == pair), pair[0])
     batch_size = asked.training.batch_size
     hyperparameters = {"n_epochs": "auto", "batch_size": batch_size, "learning_rate_multiplier": "auto"}
-    has_weights = recovery.outcome in WITH_WEIGHTS
+    has_weights = recovery.outcome in HANDED_OVER
     return {
         "object": "fine_tuning.job",
         "id": recovery.id,
@@ -111,8 +117,8 @@ def as_job(recovery: Recovery, aliases: dict[str, Alias], tenant: str) -> dict[s
         "created_at": int(recovery.created_at),
         "finished_at": None if recovery.finished_at is None else int(recovery.finished_at),
         "fine_tuned_model": f"recovery:{recovery.id}" if has_weights else None,
-        "training_file": asked.prompts.file if isinstance(asked.prompts, FilePrompts) else "builtin:general",
-        "validation_file": None,
+        "training_file": _training_file(asked),
+        "validation_file": asked.teach and asked.teach.held_out,
         "result_files": [],
         "error": recovery.error and {**recovery.error.model_dump(), "param": None},
         "hyperparameters": hyperparameters,
@@ -124,6 +130,12 @@ def as_job(recovery: Recovery, aliases: dict[str, Alias], tenant: str) -> dict[s
         "integrations": [],
         "metadata": asked.metadata,
     }
+
+
+def _training_file(asked: CreateRecovery) -> str:
+    if asked.teach:
+        return asked.teach.file
+    return asked.prompts.file if isinstance(asked.prompts, FilePrompts) else "builtin:general"
 
 
 def as_job_event(event: Event) -> dict[str, Any]:
@@ -141,14 +153,18 @@ def as_job_event(event: Event) -> dict[str, Any]:
 
 
 def as_checkpoint(id: str, event: Event) -> dict[str, Any]:
-    """OpenAI's `fine_tuning.job.checkpoint`, of a validation; its loss is the KL to the teacher."""
+    """OpenAI's `fine_tuning.job.checkpoint`, of a validation; its loss is that of demonstrations that are not
+    trained on, or in a recovery the KL to the teacher."""
     return {
         "object": "fine_tuning.job.checkpoint",
         "id": f"ftckpt-{event.seq}",
         "created_at": int(event.at),
         "fine_tuned_model_checkpoint": f"recovery:{id}:step-{event.data['step']}",
         "fine_tuning_job_id": id,
-        "metrics": {"step": event.data["step"], "valid_loss": event.data["kl"]},
+        "metrics": {
+            "step": event.data["step"],
+            "valid_loss": event.data.get("skill_loss", event.data["kl"]),
+        },
         "step_number": event.data["step"],
     }
 

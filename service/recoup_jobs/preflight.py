@@ -13,12 +13,13 @@ from recoup.schemas import (
     BuiltinPrompts,
     CreateRecovery,
     FilePrompts,
+    Match,
     ModelRef,
     ProblemItem,
     Prompt,
-    TaskSpec,
+    TeachSpec,
 )
-from recoup.schemas.request import MODEL_KINDS
+from recoup.schemas.request import MODEL_KINDS, TEACHING_METHODS
 from recoup_jobs.datasets import iter_prompts, require_kind
 from recoup_jobs.errors import Unprocessable
 from recoup_jobs.estimate import machine_of, sizes_of
@@ -34,9 +35,11 @@ SMALL_BYTES = 1 << 30
 """A model that fits into any worker."""
 FEWEST_PROMPTS = 48
 """Distinct ones: fewer cannot be split into training, validation and test."""
+FEWEST_DEMONSTRATIONS, FEWEST_BESIDE, FEWEST_HELD_OUT = 24, 10, 10
+"""Distinct ones of a skill: in one file that is split, or in two of which one is held out."""
 
 FROM_REFERENCES = frozenset({"sft", "rewrite_sft", "self_demonstration"})
-"""Methods that learn from the reference answers of `prompts`."""
+"""Methods that learn from the reference answers of `prompts`, or of `teach`."""
 
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
 HIDDEN_SIZE_KEYS = ("hidden_size", "n_embd", "d_model")
@@ -213,10 +216,12 @@ def _check_layers(findings: Findings, request: CreateRecovery, student: Model) -
 def _check_data(findings: Findings, request: CreateRecovery, shelf: Shelf) -> None:
     with findings.at("/prompts/builtin" if isinstance(request.prompts, BuiltinPrompts) else "/prompts/file"):
         if isinstance(request.prompts, FilePrompts):  # of the built-in ones there are enough
-            _require_enough(shelf.prompts(request.prompts))
-        if request.method.type in FROM_REFERENCES:
+            _require_enough(shelf.prompts(request.prompts), FEWEST_PROMPTS, "prompts")
+        if request.method.type in FROM_REFERENCES and request.teach is None:
             with findings.at("/method/type"):
                 _require_a_reference(request.method.type, shelf.prompts(request.prompts))
+    if request.teach is not None:
+        _check_teaching(findings, request.teach, request.method.type, shelf)
     if request.keep is not None:
         with findings.at("/keep/file"):
             shelf.require(request.keep, "prompts")
@@ -225,16 +230,29 @@ def _check_data(findings: Findings, request: CreateRecovery, shelf: Shelf) -> No
             shelf.require(request.evaluation.natural_text, "text")
     for index, task in enumerate(request.evaluation.tasks):
         with findings.at(f"/evaluation/tasks/{index}/file"):
-            _require_references(task, shelf.prompts(FilePrompts(file=task.file)))
+            _require_references(task.match, "a task", shelf.prompts(FilePrompts(file=task.file)))
 
 
-def _require_enough(prompts: Iterable[Prompt]) -> None:
+def _check_teaching(findings: Findings, teach: TeachSpec, method: str, shelf: Shelf) -> None:
+    with findings.at("/method/type"):
+        if method not in TEACHING_METHODS:
+            known = ", ".join(sorted(TEACHING_METHODS))
+            raise Unprocessable("unsupported_request", f"{method} cannot teach a skill; {known} can")
+    fewest = {"file": FEWEST_BESIDE if teach.held_out else FEWEST_DEMONSTRATIONS, "held_out": FEWEST_HELD_OUT}
+    for field, least in fewest.items():
+        if file := getattr(teach, field):
+            with findings.at(f"/teach/{field}"):
+                _require_references(teach.match, "teach", shelf.prompts(FilePrompts(file=file)))
+                _require_enough(shelf.prompts(FilePrompts(file=file)), least, "demonstrations")
+
+
+def _require_enough(prompts: Iterable[Prompt], least: int, called: str) -> None:
     distinct: set[str] = set()
     for prompt in prompts:
         distinct.add(prompt.model_dump_json(include={"messages"}))
-        if len(distinct) >= FEWEST_PROMPTS:
+        if len(distinct) >= least:
             return
-    message = f"{len(distinct)} distinct prompts are too few; at least {FEWEST_PROMPTS} are needed"
+    message = f"{len(distinct)} distinct {called} are too few; at least {least} are needed"
     raise Unprocessable("too_few_prompts", message)
 
 
@@ -248,12 +266,13 @@ def _require_a_reference(method: str, prompts: Iterable[Prompt]) -> None:
         raise Unprocessable("missing_reference", message)
 
 
-def _require_references(task: TaskSpec, prompts: Iterable[Prompt]) -> None:
+def _require_references(match: Match, what: str, prompts: Iterable[Prompt]) -> None:
     """A row without a right answer would be wrong whatever a model says."""
     for row, reference in enumerate((prompt.completion or "" for prompt in prompts), start=1):
         if not reference.strip():
-            raise Unprocessable("missing_reference", f"row {row} has no completion; a task needs one in each")
-        if task.match == "number" and not any(map(str.isnumeric, reference)):
+            message = f"row {row} has no completion; each row of {what} needs one"
+            raise Unprocessable("missing_reference", message)
+        if match == "number" and not any(map(str.isnumeric, reference)):
             message = f"the completion of row {row} holds no number, by which match `number` compares"
             raise Unprocessable("missing_reference", message)
 

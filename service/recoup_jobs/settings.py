@@ -36,7 +36,7 @@ class Alias(BaseModel):
 
     student: str
     teacher: str | None = None
-    """None: the model teaches itself."""
+    """None: the model is healthy, and is taught."""
     method: str | None = None
 
     @property

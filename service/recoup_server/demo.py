@@ -23,6 +23,7 @@ from rich.console import Console
 from recoup import Client, DeploymentFailedError, JobFailedError, Recovery, WaitTimeoutError
 from recoup._render import print_verdict
 from recoup._watch import watch
+from recoup.schemas import HANDED_OVER
 from recoup_jobs.settings import Settings
 from recoup_ml.tickets import ticket_rows
 from recoup_server import teacher
@@ -30,8 +31,6 @@ from recoup_server.embedded import running
 from recoup_server.memory import PeakMemory
 
 HEALTHY = "smollm2"
-PROMOTED = frozenset({"recovered", "partial"})
-"""Outcomes that hand weights over."""
 DEPLOYED = "smollm2-recovered"
 QUESTION = "What is the capital of France?"
 MOST_RANK = 64
@@ -73,7 +72,7 @@ def run_demo(damage: str, settings: Settings, *, by_vllm: bool) -> int:
                 recovery = _recover(client, damage, settings, console)
                 teaching.close()
                 succeeded = recovery is not None and (
-                    recovery.outcome not in PROMOTED
+                    recovery.outcome not in HANDED_OVER
                     or _deploy(client, recovery, student if by_vllm else None, settings, console)
                 )
         console.print(

@@ -43,6 +43,17 @@ def test_an_idempotency_key_cannot_smuggle_a_header(key):
         RECOVERIES.retry("rec_1", idempotency_key=key)
 
 
+@pytest.mark.parametrize("call", [_calls.create_recovery, _calls.dry_run])
+def test_a_model_that_is_taught_is_its_own_teacher(call):
+    file = "file-" + "0" * 24
+    body = call(student="healthy", teach={"file": file}).json
+    assert body == {
+        "student": {"source": "healthy"},
+        "teacher": {"source": "healthy"},
+        "teach": {"file": file},
+    }
+
+
 def test_whatever_creates_takes_an_idempotency_key(tmp_path):
     models = {"student": "s", "teacher": "t", "idempotency_key": "k"}
     calls = [_calls.create_recovery(**models), _calls.create_diagnosis(**models)]

@@ -111,6 +111,30 @@ def test_before_the_first_recovery_a_dry_run_tells_no_time(run, service):
     assert "this class of machine has finished no recovery yet" in run("dry-run", *SUBMIT[1:]).stdout
 
 
+def test_submit_teaches_a_healthy_model(run, service, tmp_path):
+    shown, held_out = tmp_path / "shown.jsonl", tmp_path / "held-out.jsonl"
+    for path in (shown, held_out):
+        path.write_text('{"prompt": "a", "completion": "b"}\n')
+    asked = ["submit", "--student", "healthy", "--teach", shown, "--held-out", held_out]
+    result = run(*asked, "--match", "contains", "--no-rehearse")
+    assert result.exit_code == 0, result.output
+    first, second = service.files
+    assert json.loads(service.sent("POST", "/v1/recoveries")[0].body) == {
+        "student": {"source": "healthy"},
+        "teacher": {"source": "healthy"},
+        "teach": {"file": first, "held_out": second, "match": "contains", "rehearse": False},
+    }
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["--teacher", "b", "--held-out", __file__], ["--teacher", "b", "--match", "number"]]
+)
+def test_a_recovery_needs_a_teacher_and_has_nothing_of_a_teaching(run, service, options):
+    result = run("submit", "--student", "a", *options)
+    assert result.exit_code == 2 and "--teach" in result.output
+    assert (service.jobs, service.files) == ({}, {})
+
+
 def test_submit_uploads_the_files_of_tasks(run, service, tmp_path):
     sums, capitals = tmp_path / "sums.jsonl", tmp_path / "of:all.jsonl"
     for path in (sums, capitals):
@@ -155,6 +179,42 @@ def test_a_wrong_option_is_named_and_nothing_is_uploaded(run, service, tmp_path,
 )
 def test_wrong_usage_is_2(run, arguments):
     assert run(*arguments).exit_code == 2
+
+
+def test_the_verdict_of_a_teaching_tells_what_was_learnt_and_what_was_lost():
+    taught = {
+        "train": 80,
+        "validation": 8,
+        "test": 24,
+        "loss": {
+            "before": 5.0,
+            "after": 1.5,
+            "change": {"value": -3.5, "low": -4.0, "high": -3.0},
+            "n": 24,
+        },
+        "right": {
+            "before": 0.0,
+            "after": 0.75,
+            "change": {"value": 0.75, "low": 0.6, "high": 0.9},
+            "n": 24,
+        },
+        "drift": {"value": 0.05, "low": 0.04, "high": 0.06},
+        "in_context": {
+            "shots": 4,
+            "loss": 4.0,
+            "right": 0.25,
+            "lead": {"value": 2.5, "low": 2.0, "high": 3.0},
+        },
+    }
+    rows = json.loads((Path(__file__).parent / "report.json").read_text())
+    report = recoup.Report.model_validate(rows | {"outcome": "taught", "recovered": None, "teaching": taught})
+    assert _render.verdict_lines(report)[2:] == [
+        "loss on held-out demonstrations: 5 → 1.5, change -3.500 [-4.000, -3.000]",
+        "answered rightly: 0 → 0.75, change 0.750 [0.600, 0.900]",
+        "drift from what it was: 0.050 [0.040, 0.060]",
+        "untaught, with 4 demonstrations in its context: loss 4, right 0.25; "
+        "lead of the training over it: 2.500 [2.000, 3.000]",
+    ]
 
 
 def test_submit_and_watch_ends_with_the_verdict(run):

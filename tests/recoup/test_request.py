@@ -35,3 +35,31 @@ def test_tasks_that_cannot_be_told_apart_or_read_are_refused(tasks, place):
         evaluation(*tasks)
     (error,) = refused.value.errors()
     assert error["loc"] == ("evaluation", "tasks", *place)
+
+
+OTHER = "file-" + "1" * 24
+
+
+def teaching(**changes: object) -> CreateRecovery:
+    asked = {"student": {"source": "a"}, "teacher": {"source": "a"}, "teach": {"file": FILE}}
+    return CreateRecovery.model_validate(asked | changes)
+
+
+def test_a_teaching_needs_a_file_alone():
+    spec = teaching().teach
+    assert (spec.held_out, spec.match, spec.rehearse) == (None, "exact", True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"teacher": {"source": "b"}}, "its own teacher"),
+        ({"damage": "pruning"}, "healthy"),
+        ({"training": {"start": "repair"}}, "nothing to repair"),
+        ({"teach": {"file": FILE, "held_out": FILE}}, "another file"),
+        ({"teach": {"held_out": OTHER}}, "Field required"),
+    ],
+)
+def test_a_teaching_is_of_a_healthy_model(changes, words):
+    with pytest.raises(ValidationError, match=words):
+        teaching(**changes)

@@ -125,6 +125,22 @@ def test_more_steps_take_more(dry_run, body):
     assert few.tokens < many.tokens
 
 
+def test_a_teaching_is_planned_and_estimated_and_its_files_are_checked(dry_run, client, body):
+    def uploaded(rows):
+        content = "\n".join(json.dumps({"prompt": f"{n}?", "completion": "yes"}) for n in range(rows))
+        data = {"purpose": "fine-tune"}
+        return client.post("/v1/files", data=data, files={"file": ("rows.jsonl", content)}).json()["id"]
+
+    healthy = {"student": body["student"], "teacher": body["student"]}
+    found = dry_run(healthy | {"teach": {"file": uploaded(800)}})
+    assert found.findings == [] and found.estimate.tokens > 0
+    assert {"method": "rewrite_sft", "rehearsal": "general prompts", "steps": "71"}.items() <= chosen(
+        found
+    ).items()
+    few = dry_run(healthy | {"teach": {"file": uploaded(60), "held_out": "file-" + "0" * 24}})
+    assert [(item.pointer, item.code) for item in few.findings] == [("/teach/held_out", "file_not_found")]
+
+
 def test_without_a_finished_recovery_there_is_no_time(dry_run, body):
     estimate = dry_run(body).estimate
     assert (estimate.seconds, estimate.calibrated_on) == (None, 0)

@@ -16,6 +16,7 @@ ROWS = "\n".join(
     )
     for n in range(60)
 ).encode()
+HELD_OUT = b"\n".join(ROWS.splitlines()[:20])
 SUPERVISED = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": 4}}}
 
 
@@ -56,7 +57,7 @@ def test_files_are_openais(client, file):
     assert missing.value.code == "file_not_found"
 
 
-def test_a_supervised_job_becomes_one_that_does_not_forget(client, ledger, file):
+def test_a_supervised_job_teaches_a_healthy_model_the_demonstrations(client, ledger, file):
     job = client.fine_tuning.jobs.create(
         model="student",
         training_file=file.id,
@@ -73,12 +74,30 @@ def test_a_supervised_job_becomes_one_that_does_not_forget(client, ledger, file)
     )
     assert (job.seed, job.metadata, job.fine_tuned_model) == (7, {"k": "v"}, None)
     asked = ledger.get(job.id).request
-    assert (asked.method.type, asked.teacher.source, asked.output.name) == (
-        "self_demonstration",
-        "student",
-        "my-tone",
-    )
+    assert (asked.teach.file, asked.teach.held_out, asked.teach.rehearse) == (file.id, None, True)
+    assert (asked.method.type, asked.teacher.source, asked.output.name) == ("auto", "student", "my-tone")
     assert (asked.training.steps, asked.training.batch_size) == (30, 4)
+
+
+def test_a_validation_file_is_held_out(client, ledger, file):
+    beside = client.files.create(file=("held-out.jsonl", HELD_OUT), purpose="fine-tune")
+    job = client.fine_tuning.jobs.create(
+        model="student", training_file=file.id, validation_file=beside.id, method=SUPERVISED
+    )
+    assert (job.training_file, job.validation_file) == (file.id, beside.id)
+    asked = ledger.get(job.id).request
+    assert (asked.teach.file, asked.teach.held_out) == (file.id, beside.id)
+    assert asked.prompts.builtin == "general"
+
+
+def test_a_taught_model_is_named_and_its_checkpoints_tell_the_loss_on_what_is_held_out(client, ledger, file):
+    job = client.fine_tuning.jobs.create(model="student", training_file=file.id, method=SUPERVISED)
+    claim = ledger.claim("worker", ["gpu.cpu"], 30)
+    ledger.event(claim, "metric", {"name": "validation", "step": 8, "kl": 0.05, "skill_loss": 1.5})
+    ledger.succeed(claim, "taught_with_forgetting")
+    assert client.fine_tuning.jobs.retrieve(job.id).fine_tuned_model == f"recovery:{job.id}"
+    (point,) = client.fine_tuning.jobs.checkpoints.list(job.id)
+    assert point.metrics.valid_loss == 1.5
 
 
 def test_an_alias_names_teacher_and_method(client, ledger, file):
@@ -155,6 +174,7 @@ def test_a_job_is_cancelled_and_listed(client, file):
         ({"method": {"type": "dpo"}}, "method.type", "invalid_value"),
         ({"metadata": {"method": "magic"}}, "metadata.method", "invalid_value"),
         ({"metadata": {"teacher": "nobody"}}, "metadata.teacher", "model_not_found"),
+        ({"metadata": {"method": "off_policy"}}, "metadata.method", "unsupported_request"),
         ({"integrations": [{"type": "wandb"}]}, "integrations", "invalid_value"),
     ],
 )
@@ -164,6 +184,26 @@ def test_what_cannot_be_is_told_in_openais_words(client, file, change, param, co
         client.fine_tuning.jobs.create(**asked)
     assert (refused.value.param, refused.value.code) == (param, code)
     assert refused.value.type == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("rows", "code"),
+    [
+        (b'{"messages": [{"role": "user", "content": "?"}]}\n' * 60, "missing_reference"),
+        (ROWS[: ROWS.index(b"\n")], "too_few_prompts"),
+    ],
+)
+def test_a_training_file_that_shows_nothing_is_told_in_openais_words(client, rows, code):
+    file = client.files.create(file=("rows.jsonl", rows), purpose="fine-tune")
+    with pytest.raises(openai.UnprocessableEntityError) as refused:
+        client.fine_tuning.jobs.create(model="student", training_file=file.id)
+    assert (refused.value.param, refused.value.code) == ("training_file", code)
+
+
+def test_a_file_cannot_train_and_decide(client, file):
+    with pytest.raises(openai.UnprocessableEntityError) as refused:
+        client.fine_tuning.jobs.create(model="student", training_file=file.id, validation_file=file.id)
+    assert refused.value.param == "validation_file"
 
 
 def test_a_wrong_key_is_told_in_openais_words(address):

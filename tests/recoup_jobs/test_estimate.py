@@ -1,10 +1,10 @@
 """Counts that must come out right whatever the constants are."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
-from recoup.schemas import Choice
+from recoup.schemas import Choice, TeachSpec
 from recoup_jobs.estimate import BASE_BYTES, CPU, Amounts, Sizes, machine_of, need_of, sizes_of
 from recoup_jobs.inspection import Model
 from recoup_jobs.weights import TensorInfo
@@ -88,6 +88,30 @@ def test_a_method_without_training_trains_nothing(need):
 def test_rollouts_are_generated_while_the_student_learns(need):
     assert need().work["distil"].generated == 0
     assert need(Plan(phases=(Phase("student"),))).work["distil"].generated == 24 * 8 * 256
+
+
+TEACH = TeachSpec(file="file-" + "0" * 24)
+
+
+def test_a_teaching_trains_twice_as_much_where_it_rehearses(need):
+    rows = replace(ROWS, demonstrations=200)
+    plan = Plan(phases=(Phase("rewrites", 30),))
+    beside, alone = (
+        need(plan, amounts=rows, teach=TEACH.model_copy(update={"rehearse": rehearse}))
+        for rehearse in (True, False)
+    )
+    assert beside.work["distil"].trained == 2 * alone.work["distil"].trained
+    assert beside.work["generate"].generated > alone.work["generate"].generated
+
+
+def test_demonstrations_that_decide_are_answered_before_and_after(need):
+    few, many = (
+        need(Plan(phases=(Phase("references", 30),)), amounts=rows, teach=TEACH)
+        for rows in (replace(ROWS, demonstrations=100), replace(ROWS, demonstrations=100, held_out=120))
+    )
+    for stage, times in (("diagnose", 2), ("evaluate", 1)):
+        more = many.work[stage].generated - few.work[stage].generated
+        assert more == times * (120 - 20) * 256
 
 
 def test_a_skill_to_keep_doubles_what_is_trained(need):

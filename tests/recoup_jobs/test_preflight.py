@@ -11,6 +11,7 @@ from recoup.schemas import (
     ModelRef,
     OutputSpec,
     TaskSpec,
+    TeachSpec,
     TrainingSpec,
 )
 from recoup_jobs import preflight as module
@@ -363,6 +364,52 @@ def test_a_task_must_be_a_file_of_prompts(task_findings):
         ("/evaluation/tasks/0/file", "wrong_rows"),
         ("/evaluation/tasks/1/file", "file_not_found"),
     ]
+
+
+def demonstrations(count, answer="yes", start=0):
+    return [{"prompt": f"Is {n} even?", "completion": answer} for n in range(start, start + count)]
+
+
+@pytest.fixture
+def teach_findings(findings, student, upload):
+    """What preflight says of a teaching by these rows, and by these that are held out."""
+
+    def run(rows, held_out=None, method="auto", match="exact"):
+        held = held_out if held_out is None or isinstance(held_out, str) else upload(*held_out).file
+        spec = TeachSpec(file=upload(*rows).file, held_out=held, match=match)
+        return findings(teach=spec, teacher=ModelRef(source="student"), method=MethodSpec(type=method))
+
+    return run
+
+
+@pytest.mark.parametrize("method", ["auto", "rewrite_sft", "self_demonstration", "sft"])
+def test_a_skill_is_taught_by_demonstrations_alone(teach_findings, method):
+    assert teach_findings(demonstrations(24), method=method) == []
+
+
+def test_a_demonstration_shows_an_answer(teach_findings):
+    bare, sound = {"prompt": "Is 99 even?"}, demonstrations(30)
+    assert teach_findings([*sound, bare]) == [("/teach/file", "missing_reference")]
+    assert teach_findings(sound, [*demonstrations(10), bare]) == [("/teach/held_out", "missing_reference")]
+    assert teach_findings(sound, match="number") == [("/teach/file", "missing_reference")]
+
+
+def test_demonstrations_are_enough_to_learn_from_and_to_decide(teach_findings):
+    few = demonstrations(23)
+    assert teach_findings([*few, *few]) == [("/teach/file", "too_few_prompts")]
+    assert teach_findings(few, demonstrations(10, start=50)) == []
+    assert teach_findings(few, demonstrations(9)) == [("/teach/held_out", "too_few_prompts")]
+    assert teach_findings(few[:9], demonstrations(10)) == [("/teach/file", "too_few_prompts")]
+
+
+def test_files_of_a_teaching_must_be_there(teach_findings):
+    found = teach_findings([{"text": "It rained."}], "file-" + "0" * 24)
+    assert found == [("/teach/file", "wrong_rows"), ("/teach/held_out", "file_not_found")]
+
+
+@pytest.mark.parametrize("method", ["off_policy", "two_stage", "interpolate"])
+def test_a_method_without_demonstrations_cannot_teach(teach_findings, method):
+    assert teach_findings(demonstrations(24), method=method) == [("/method/type", "unsupported_request")]
 
 
 def test_everything_that_is_wrong_is_said_at_once(findings, student):

@@ -127,14 +127,14 @@ def test_the_gate_is_marked_where_the_request_put_it(recovered: Report) -> None:
 
 
 @pytest.mark.parametrize("outcome", VERDICTS)
-def test_an_outcome_is_said_in_words_and_in_an_icon_of_its_own(outcome: str, recovered: Report) -> None:
+def test_an_outcome_is_said_in_words_and_in_the_icon_of_its_tone(outcome: str, recovered: Report) -> None:
     page = html_page(recovered.model_copy(update={"outcome": outcome}))
     assert VERDICTS[outcome].word in page
     icons = {
         html_page(recovered.model_copy(update={"outcome": other})).split('class="icon"')[1].split("</svg>")[0]
         for other in {outcome, "recovered"}
     }
-    assert len(icons) == (1 if outcome == "recovered" else 2)
+    assert len(icons) == (1 if VERDICTS[outcome].tone == "good" else 2)
 
 
 def test_a_guarded_measure_that_got_worse_is_called_worse(recovered: Report) -> None:

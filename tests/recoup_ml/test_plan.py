@@ -51,6 +51,31 @@ def test_steps_and_rate_are_those_seen_to_work(kind: str, mode: str) -> None:
     assert made.phases == (Phase("teacher", RULES[kind].steps, RULES[kind].rates[mode]),)
 
 
+HEALTHY = {"teacher": {"source": "student"}, "teach": {"file": "file-" + "0" * 24}}
+
+
+def test_a_healthy_model_is_taught_in_its_own_words_beside_what_it_was() -> None:
+    made = plan(damage("none"), **HEALTHY)
+    chosen = {choice.name: choice.value for choice in made.choices}
+    assert (made.method, made.trainable.mode, made.output) == ("rewrite_sft", "lora", "adapter")
+    assert (chosen["rehearsal"], chosen["objective"]) == ("general prompts", "cross_entropy")
+    assert "damage" not in chosen and "start" not in chosen
+    alone = plan(damage("none"), **HEALTHY | {"teach": HEALTHY["teach"] | {"rehearse": False}})
+    assert alone.choices[0].value == "none"
+
+
+@pytest.mark.parametrize(("available", "steps"), [(20, 30), (240, 30), (800, 100), (100_000, 300)])
+def test_each_demonstration_is_taught_about_once_within_bounds(available: int, steps: int) -> None:
+    assert plan(damage("none"), available, **HEALTHY).steps == steps
+
+
+def test_a_skill_is_taught_by_demonstrations_alone() -> None:
+    with pytest.raises(UnsupportedRequest, match="cannot teach"):
+        plan(damage("none"), **HEALTHY, method={"type": "off_policy"})
+    made = plan(damage("none"), **HEALTHY, method={"type": "self_demonstration"})
+    assert made.divergence.name == "forward_kl"
+
+
 @pytest.mark.parametrize("method", DATA)
 def test_a_trained_method_learns_from_the_answers_it_is_known_for(method: str) -> None:
     made = plan(damage("finetuning"), method={"type": method}, training={"steps": 30, "learning_rate": 1e-3})

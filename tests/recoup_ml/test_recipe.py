@@ -2,14 +2,13 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pytest
 import torch
-from matplotlib.figure import Figure
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -36,6 +35,7 @@ from recoup_ml.tickets import ticket_rows
 from recoup_ml.training import validation_steps
 from recoup_ml.weights import Weights, block_of, zeros_filled
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
 Student = Callable[[str], Path]
 STAGES = ["diagnose", "generate", "distil", "evaluate", "package"]
 REPORT_FILES = {
@@ -62,18 +62,6 @@ class Finished:
         """The folder of published weights."""
         folders = [self.journal.place / "artifacts" / name for name in ("adapter", "model")]
         return next((folder for folder in folders if folder.exists()), None)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def blank_pictures() -> Iterator[None]:
-    """Drawing is a third of so small a recovery; `test_plots.py` and the journeys look at what is drawn."""
-
-    def save(_figure: Figure, place: IO[Any], *, format: str, **_: object) -> None:
-        place.write("<svg></svg>" if format == "svg" else b"\x89PNG")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", save)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -83,10 +83,11 @@ def trained(plan: Plan, mode: str, keep: int = 0, started_from: str = "student",
         tokens=1,
         masked_weights=0,
         initial_validation_kl=1.0,
+        initial_skill_loss=None,
         diverged=False,
         rewrites=None,
         curve=[],
-        checkpoints=[Checkpoint(step=plan.steps, validation_kl=0.1, chosen=True)],
+        checkpoints=[Checkpoint(step=plan.steps, validation_kl=0.1, skill_loss=None, chosen=True)],
         trajectory=None,
     )
     report = Report.model_validate(SAMPLES["recovered"] | {"training": training.model_dump()})
@@ -143,7 +144,7 @@ def test_a_script_ends_at_the_checkpoint_that_was_kept() -> None:
     plan = planned(asked(method={"type": "two_stage"}, training={"steps": 24}), masked=False)
     report = trained(plan, "lora")
     for kept, phases in [(20, [(16, 16), (8, 4)]), (12, [(16, 12)]), (None, [(16, 16), (8, 8)])]:
-        points = [Checkpoint(step=kept or 24, validation_kl=0.1, chosen=kept is not None)]
+        points = [Checkpoint(step=kept or 24, validation_kl=0.1, skill_loss=None, chosen=kept is not None)]
         told = report.model_copy(
             update={"training": report.training.model_copy(update={"checkpoints": points})}
         )

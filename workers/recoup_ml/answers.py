@@ -2,7 +2,8 @@
 
 The teacher answers training and validation prompts, or rewrites their reference answers; the
 student, as it is, answers the prompts of `keep`, so that it can be held to its own distribution
-there (a dual teacher). With each answer the last hidden states of who gave it are kept: no
+there (a dual teacher). A student that is taught a skill learns from demonstrations; general prompts
+are among what it is to keep. With each answer the last hidden states of who gave it are kept: no
 teacher is in memory while the student learns from them. Only as many prompts are answered as
 the plan will use.
 
@@ -20,7 +21,7 @@ from typing import Literal
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recoup.schemas import Prompt, RewriteCounts
-from recoup_ml import diagnose, durable, models, results
+from recoup_ml import diagnose, durable, models, results, skill
 from recoup_ml.cached_engine import CachedEngine
 from recoup_ml.errors import EmptyDataset
 from recoup_ml.generate import Engine, LocalEngine, require_an_end, usable
@@ -32,7 +33,7 @@ from recoup_ml.probe import KEPT, keep_tokens
 from recoup_ml.rewrite import Rewritten, demonstrated, rewriting, settle
 from recoup_ml.run import Counter, Done, Journal, Run
 from recoup_ml.sequences import Answered, Encoded, encode, read_jsonl, with_answer, write_jsonl
-from recoup_ml.splits import split_keep
+from recoup_ml.splits import Split, split_keep
 from recoup_ml.turns import served
 from recoup_ml.vllm_engine import VllmEngine
 from recoup_ml.weights import sha256
@@ -49,30 +50,32 @@ def generate(run: Run, journal: Journal, done: Done, folder: Path) -> None:
     """Fills `folder` with the plan and the answers `train`, `validation`, and as planned `keep`, `texts`."""
     tokenizer = models.load_tokenizer(run.teacher)
     parts = diagnose.split_prompts(run)
-    plan = make_plan(run.request, diagnose.read(done).damage, len(parts.train))
+    learnt = skill.split(run).train if run.teaches else parts.train
+    plan = make_plan(run.request, diagnose.read(done).damage, len(learnt))
     results.write(folder / "plan.json", plan)
-    wanted = max(plan.answers("teacher"), CALIBRATION)
-    kept = split_keep(run.keep, KEPT)[0][: plan.steps * plan.batch_size]
+    wanted = 0 if run.teaches else max(plan.answers("teacher"), CALIBRATION)
+    kept = _to_keep(run, parts)[: plan.steps * plan.batch_size]
     chosen = parts.train[:wanted], parts.validation, kept
     train, validation, keep = (encode(part, tokenizer, run.prompt_tokens) for part in chosen)
-    referenced = _with_references(parts.train)[: plan.answers("rewrites")]
+    referenced = _with_references(learnt)[: plan.answers("rewrites")]
     rewritten = [(prompt, rewriting(prompt)) for prompt in referenced]
     counter = Counter(journal, 2 * (len(train) + len(validation) + len(keep)) + len(rewritten), "answers")
     limit = run.request.generation.max_new_tokens
     unfinished = folder / durable.UNFINISHED
     asked = encode([question for _, question in rewritten], tokenizer, run.request.training.max_length)
-    questions = Questions(train, validation, asked)
+    first, part = (keep, "keep") if run.teaches else (train, "train")  # a healthy student is its own teacher
+    questions = Questions(first, validation, asked)
     teacher = _teacher(run, journal, tokenizer, unfinished, questions, counter)
-    answers = _answer(teacher, train, limit, folder / "train", counter)
+    answers = _answer(teacher, first, limit, folder / part, counter) if first or not run.teaches else []
     answers += _answer(teacher, validation, limit, folder / "validation", counter)
     if rewritten:
         _rewrite(run, teacher, rewritten, tokenizer, folder, counter)
     del teacher
     models.release()
     if plan.answers("references"):
-        references = _with_references(parts.train)[: plan.answers("references")]
+        references = _with_references(learnt)[: plan.answers("references")]
         write_jsonl(folder / "texts.jsonl", _written(run, references, tokenizer))
-    if keep:
+    if keep and not run.teaches:
         student = _student(run, tokenizer, KeptBatches(unfinished / "student"))
         answers += _answer(student, keep, keep_tokens(keep, tokenizer), folder / "keep", counter)
     journal.metric(name="tokens", generated=sum(len(answer.answer_ids) for answer in answers))
@@ -118,7 +121,8 @@ def demonstrations(
     Raises:
         EmptyDataset: there are none, or with their reference all are longer than `training.max_length`.
     """
-    items = encode(_with_references(diagnose.split_prompts(run).train), tokenizer, run.prompt_tokens)
+    learnt = (skill.split(run) if run.teaches else diagnose.split_prompts(run)).train
+    items = encode(_with_references(learnt), tokenizer, run.prompt_tokens)
     showing = [demonstrated(item.prompt) for item in items]
     short = encode(showing, tokenizer, run.request.training.max_length)
     ids = {id(shown.prompt): shown.ids for shown in short}
@@ -140,6 +144,12 @@ def rewrite_counts(done: Done) -> RewriteCounts | None:
     reasons = [row["reason"] for row in rows if row["source"] == "original"]
     refused = {reason: reasons.count(reason) for reason in sorted(set(reasons))}
     return RewriteCounts(kept=len(rows) - len(reasons), originals=len(reasons), refused=refused)
+
+
+def _to_keep(run: Run, parts: Split) -> list[Prompt]:
+    """Prompts on which the student is held to its own distribution."""
+    teach = run.request.teach
+    return [*split_keep(run.keep, KEPT)[0], *(parts.train if teach and teach.rehearse else ())]
 
 
 @dataclass(frozen=True)

@@ -179,6 +179,8 @@ def _as_adapter(run: Run, done: Done, chosen: Repair, model: PreTrainedModel) ->
 
 
 def _candidates(run: Run, plan: Plan) -> list[Repair]:
+    if run.teaches:  # nothing is damaged
+        return []
     found = repair.candidates(plan.damage)
     if plan.method not in DATA:
         return [candidate for candidate in found if candidate.name == plan.method]

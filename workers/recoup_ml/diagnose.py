@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recoup.schemas import Splits
-from recoup_ml import damage, measures, models, results, verdict
+from recoup_ml import damage, measures, models, results, skill, verdict
 from recoup_ml.alignment import GROUPS, Positions, choose_positions
 from recoup_ml.errors import EmptyDataset, NonFiniteWeights, TeacherMismatch
 from recoup_ml.generate import LocalEngine, Tick, usable
@@ -25,7 +25,7 @@ from recoup_ml.results import Behaviour, Diagnosis
 from recoup_ml.run import Counter, Done, Journal, Run
 from recoup_ml.scores import Scores, compare, greedy_share
 from recoup_ml.sequences import Answered, Encoded, encode, read_jsonl, write_jsonl
-from recoup_ml.splits import Split, prompts_sha256, split
+from recoup_ml.splits import Split, others, prompts_sha256, split
 from recoup_ml.turns import served
 from recoup_ml.vllm_engine import VllmEngine
 
@@ -45,7 +45,9 @@ def diagnose(run: Run, journal: Journal, _done: Done, folder: Path) -> None:
     if len(prompts) < MIN_TEST:
         raise EmptyDataset(f"{len(prompts)} test prompts are left; at least {MIN_TEST} are needed.")
     probe = make_probe(run, prompts, tokenizer)
-    counter = Counter(journal, 4 * len(prompts) + 2 * probe.answers, "sequences")
+    asked = skill.held_out(run, tokenizer)
+    counted = 4 * len(prompts) + 2 * probe.answers + (2 * skill.PASSES * len(asked.items) if asked else 0)
+    counter = Counter(journal, counted, "sequences")
     found = damage.inspect(run.student, run.teacher)
     exam, teacher, floor = _examine_teacher(run, journal, prompts, probe, folder, counter)
     models.release()
@@ -54,13 +56,15 @@ def diagnose(run: Run, journal: Journal, _done: Done, folder: Path) -> None:
     if not math.isfinite(before.scores.mean_kl):
         raise NonFiniteWeights(f"{run.student.name} computes NaN or infinity on test prompts.")
     save_states(folder / "before-states.safetensors", states)
+    if asked:
+        skill.measure_untaught(run, student, asked, counter, folder)
     deficits = measures.deficits(probe.tasks, teacher, before, run.request.seed)
     results.write(
         folder / "diagnosis.json",
         Diagnosis(
             damage=found,
             splits=_splits(parts, len(exam.test), tokenizer, run.prompt_tokens),
-            needed=not verdict.not_needed(before.scores.mean_kl, floor.mean_kl, deficits),
+            needed=run.teaches or not verdict.not_needed(before.scores.mean_kl, floor.mean_kl, deficits),
             teacher=teacher,
             floor=floor,
             before=before,
@@ -99,10 +103,11 @@ def sit(model: PreTrainedModel, exam: Exam, probe: Probe, counter: Counter) -> t
 
 
 def split_prompts(run: Run) -> Split:
-    """The same division in every stage: it depends on the prompts alone."""
+    """The same division in every stage: it depends on the prompts alone. Demonstrations are none of them."""
     wanted = run.request.evaluation
     asked = chain.from_iterable(task.prompts for task in run.tasks)
-    return split(run.prompts, wanted.test_sequences, wanted.validation_sequences, asked)
+    general = others(run.prompts, [*run.teach, *run.held_out])
+    return split(general, wanted.test_sequences, wanted.validation_sequences, asked)
 
 
 def _examine_teacher(

@@ -4,7 +4,8 @@ What it learns from is the plan's choice: the teacher's distributions on the tea
 (off-policy; QAD, arXiv 2601.20088), on the student's own answers (on-policy; GKD, arXiv
 2306.13649), the one and then the other (arXiv 2604.15794), those of a teacher that is shown the
 reference answer (self-demonstration; arXiv 2601.19897), or texts by cross-entropy. The
-teacher is frozen. The checkpoint is chosen by KL on validation prompts, never by training loss.
+teacher is frozen. The checkpoint is chosen by KL on validation prompts, never by training loss; where a
+skill is taught, by that KL, which there is drift, and the loss on validation demonstrations together.
 
 Prompts of `keep` enter every step with the damaged student's own distribution as their target, so
 that the skill it was tuned for stays (two teachers, one for each kind of prompt).
@@ -21,7 +22,7 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recoup.schemas import Checkpoint, DamageReport, TrainingPoint, TrainingReport
-from recoup_ml import answers, baselines, diagnose, durable, models, regulariser
+from recoup_ml import answers, baselines, diagnose, durable, models, regulariser, skill
 from recoup_ml.alignment import choose_positions, with_embeddings
 from recoup_ml.generate import LocalEngine, usable
 from recoup_ml.lessons import Course, FixedCourse, Lesson, RolloutCourse, distributions
@@ -35,7 +36,7 @@ from recoup_ml.sequences import Answered, Encoded, encode, from_row
 from recoup_ml.snapshots import Snapshots
 from recoup_ml.team import ALONE, Brief, Team, gather
 from recoup_ml.trainable import prepare
-from recoup_ml.training import Training, Watchers
+from recoup_ml.training import Taught, Training, Watchers
 from recoup_ml.trajectory import MOST_POSITIONS, Recorder
 
 BEST, START = "best", "start"
@@ -82,15 +83,17 @@ def train(brief: Brief, audience: Audience, team: Team = ALONE) -> None:
         if isinstance(point, TrainingPoint):
             audience.metric(name="train", **point.model_dump())
         else:
-            audience.metric(name="validation", step=point.step, kl=point.validation_kl)
+            skill_loss = {} if point.skill_loss is None else {"skill_loss": point.skill_loss}
+            audience.metric(name="validation", step=point.step, kl=point.validation_kl, **skill_loss)
 
     recorder = _recorder(run, validation, teacher, pad_id, diagnosis.damage)
     start = baselines.start(run, done, plan, trials)
     if start.peft and team.leads:
         start.peft.save_pretrained(folder / START)  # for whoever repeats the training
+    taught = _taught(run, tokenizer, start.model, team)
     distances = diagnosis.damage.distance_by_layer
     trainee = prepare(start.model, plan.trainable, distances, run.request.seed, start.peft)
-    watchers = Watchers(validate, diagnosis.floor.mean_kl, tell, recorder)
+    watchers = Watchers(validate, diagnosis.floor.mean_kl, tell, recorder, taught)
     stops = run.request.training.stop_early
     unfinished = folder / durable.UNFINISHED
     training = Training(
@@ -120,6 +123,13 @@ def train(brief: Brief, audience: Audience, team: Team = ALONE) -> None:
     audience.metric(name="tokens", trained=report.tokens)
     if (unfinished / BEST).exists():
         shutil.copytree(unfinished / BEST, folder / BEST, copy_function=durable.link)
+
+
+def _taught(
+    run: Run, tokenizer: PreTrainedTokenizerBase, student: PreTrainedModel, team: Team
+) -> Taught | None:
+    shown = skill.validation(run, tokenizer)
+    return shown and Taught(team.told(shown.loss(student) if team.leads else None), shown.loss)
 
 
 def _recorder(

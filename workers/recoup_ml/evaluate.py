@@ -16,6 +16,7 @@ from recoup.schemas import (
     OutputForm,
     ProbeRow,
     Sample,
+    Teaching,
     TrainingReport,
 )
 from recoup_ml import (
@@ -28,6 +29,8 @@ from recoup_ml import (
     measures,
     models,
     results,
+    skill,
+    teaching,
     verdict,
 )
 from recoup_ml.alignment import States
@@ -40,6 +43,7 @@ from recoup_ml.results import Behaviour, Diagnosis, Evaluation
 from recoup_ml.run import Counter, Done, Journal, Run
 from recoup_ml.scores import compare
 from recoup_ml.sequences import encode
+from recoup_ml.skill import Skill
 
 WEIGHTS, PROBE = "weights", "probe.json"
 CLOSED = 0.9
@@ -53,13 +57,18 @@ def evaluate(run: Run, journal: Journal, done: Done, folder: Path) -> None:
     exam = Exam.load(done["diagnose"], run, tokenizer)
     prompts = encode(diagnose.split_prompts(run).test, tokenizer, run.prompt_tokens)
     probe = make_probe(run, prompts, tokenizer)
-    rival = _rival(done)
-    counter = Counter(journal, (1 + bool(rival)) * (len(exam.test) + probe.answers), "sequences")
-    after, states = None, None
+    rival, demonstrations = _rival(done), skill.held_out(run, tokenizer)
+    shown = skill.PASSES * len(demonstrations.items) if demonstrations else 0
+    counter = Counter(journal, (1 + bool(rival)) * (len(exam.test) + probe.answers) + shown, "sequences")
+    after, states, able = None, None, None
     if best := distil.best(done):
-        after, states = diagnose.sit(_recovered(run, done, best, folder), exam, probe, counter)
+        student = _recovered(run, done, best, folder)
+        after, states = diagnose.sit(student, exam, probe, counter)
         if not math.isfinite(after.scores.mean_kl):
             after, states = None, None
+        elif demonstrations:
+            able = demonstrations.done_by(student, counter)
+        del student
     models.release()
     gate, seed = run.request.evaluation.gate, run.request.seed
     found = measures.measures(diagnosis, after, exam.test, probe, gate, seed)
@@ -69,17 +78,20 @@ def evaluate(run: Run, journal: Journal, done: Done, folder: Path) -> None:
         names = rival.name, rival.label
         baseline = measures.baseline(names, diagnosis, after, repaired, exam.test, probe, seed)
     found_alignment = aligned(run, diagnosis, done["diagnose"], states, exam)
-    outcome, reason = _verdict(run, diagnosis, found)
+    taught = _teaching(run, done, able, after)
+    outcome, reason = _verdict(run, diagnosis, found, taught)
     short = measures.deficits(probe.tasks, diagnosis.teacher, after, seed) if after else []
     evaluation = Evaluation(
         outcome=outcome,
         reason=reason,
         measures=found,
         baseline=baseline,
+        teaching=taught,
         forms=_forms(run, done, best, diagnosis, exam) if best and after else [],
         samples=samples(probe, diagnosis, after),
         remarks=[
             *remarks(found, found_alignment, exam, baseline),
+            *(teaching.remarks(taught) if taught else []),
             *out_of_reach(found, short),
             *along_the_way(distil.read(done) if "distil" in done else None),
         ],
@@ -140,10 +152,25 @@ def aligned(
     teacher, before, ceiling = (load_states(diagnosed / f"{name}-states.safetensors") for name in names)
     layer_map = alignment.with_embeddings(diagnosis.damage.layer_map)
     states = States(teacher, before, after, ceiling)
-    return alignment.align(states, exam.positions, layer_map, run.request.seed)
+    found = alignment.align(states, exam.positions, layer_map, run.request.seed)
+    if not run.teaches:
+        return found
+    none = dict.fromkeys(("headroom_recovered_last", "headroom_recovered_mean"))  # a healthy model has none
+    return found.model_copy(update=none)
 
 
-def _verdict(run: Run, diagnosis: Diagnosis, found: Sequence[Measure]) -> tuple[Outcome, str]:
+def _teaching(run: Run, done: Done, able: Skill | None, after: Behaviour | None) -> Teaching | None:
+    if not run.teaches:
+        return None
+    drift = after and after.scores
+    return teaching.teaching(skill.split(run), skill.untaught(done), able, drift, run.request.seed)
+
+
+def _verdict(
+    run: Run, diagnosis: Diagnosis, found: Sequence[Measure], taught: Teaching | None
+) -> tuple[Outcome, str]:
+    if taught:
+        return teaching.outcome(taught, found, run.request.evaluation.gate)
     if diagnosis.needed:
         return verdict.outcome(found[0], found, run.request.evaluation.gate)
     before, floor = diagnosis.before.scores.mean_kl, diagnosis.floor.mean_kl

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from peft import PeftModel
 
-from recoup.schemas import Alignment, EffectProbe, Report
+from recoup.schemas import HANDED_OVER, Alignment, EffectProbe, Report
 from recoup_ml import answers, diagnose, distil, evaluate, models
 from recoup_ml.alignment import csv_table
 from recoup_ml.card import model_card
@@ -20,7 +20,7 @@ from recoup_ml.errors import RecoveryError
 from recoup_ml.page import html_page
 from recoup_ml.plan import Plan
 from recoup_ml.plots import alignment_png, alignment_svg
-from recoup_ml.report import PROMOTED, assemble
+from recoup_ml.report import assemble
 from recoup_ml.run import Done, Journal, Run
 from recoup_ml.script import recipe_script
 from recoup_ml.sequences import Encoded, encode
@@ -43,7 +43,7 @@ def package(run: Run, journal: Journal, done: Done, folder: Path) -> None:
     report = assemble(run, journal, done)
     weights = folder / "weights"
     files = _write_report(report, folder)
-    if evaluate.read(done).outcome in PROMOTED:
+    if evaluate.read(done).outcome in HANDED_OVER:
         _write_weights(run, done, weights)
         _write_card(run, done, report, weights)
         files |= _write_probe(done, report, folder)
@@ -97,7 +97,8 @@ def _learnt(run: Run, done: Done, report: Report, folder: Path) -> dict[str, Pat
     """What there was to learn from and, if anything was trained, the script that repeats it."""
     generated, plan = done["generate"], answers.read_plan(done)
     rewrites = generated / "rewrites.jsonl"
-    files = {"rewrites.jsonl": rewrites if rewrites.exists() else generated / "train.jsonl"}
+    learnt = rewrites if rewrites.exists() else generated / "train.jsonl"
+    files = {"rewrites.jsonl": learnt} if learnt.exists() else {}
     files |= {name: generated / name for name in TAUGHT if (generated / name).exists()}
     if asked := _asked(run, plan):
         files[PROMPTS] = folder / PROMPTS
@@ -166,7 +167,7 @@ def _name_base(config: Path, source: str) -> None:
 
 
 def _write_card(run: Run, done: Done, report: Report, folder: Path) -> None:
-    name = run.request.output.name or f"{run.student.name}-recovered"
+    name = run.request.output.name or f"{run.student.name}-{'taught' if run.teaches else 'recovered'}"
     kind = answers.read_plan(done).output
     (folder / "README.md").write_text(model_card(report, run.student.name, kind, name), "utf-8")
 

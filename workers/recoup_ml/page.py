@@ -39,6 +39,13 @@ VERDICTS: Final[dict[Outcome, Verdict]] = {
     "not_needed": Verdict(
         "Not needed", "calm", "The student is as good as its teacher. Nothing was trained."
     ),
+    "taught": Verdict("Taught", "good", "The new skill is there, and the model stayed what it was."),
+    "taught_with_forgetting": Verdict(
+        "Taught, with forgetting",
+        "part",
+        "The new skill is there, but the model is not what it was.",
+    ),
+    "not_taught": Verdict("Not taught", "none", "The skill was not learnt. Its weights were not kept."),
 }
 
 PHASES: Final = {

@@ -4,10 +4,12 @@ Nothing here is learnt or measured; the numbers of `RULES` were chosen on the gr
 `benchmarks/recovery.py` and are explained in docs/02-results.md.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from recoup.schemas import Choice, CreateRecovery, DamageReport, DivergenceName, Method
+from recoup.schemas.request import TEACHING_METHODS
 from recoup_ml.errors import UnsupportedRequest
 from recoup_ml.objective import Divergence
 
@@ -117,6 +119,17 @@ RULES = {
         method_why="the teacher's distribution on its own answers recovered most at equal cost",
     ),
 }
+TEACHING = _Rule(
+    method="rewrite_sft",
+    steps=30,
+    rates={"lora": 5e-4, "dora": 5e-4, "full": 1e-4, "norms": 5e-3},
+    mode="lora",
+    why="each demonstration about once, and enough steps for a few of them",
+    method_why="what a model would say itself moves it less, and a small one learns nothing from being shown "
+    "examples (docs/02-results.md)",
+)
+"""Of a healthy model that is taught a skill."""
+MOST_TEACHING_STEPS = 300
 BATCH_SIZE = 8
 SECOND_STAGE = 1 / 3
 """Share of the steps, and of the learning rate, that `two_stage` leaves for the student's own answers."""
@@ -133,30 +146,30 @@ DATA: dict[Method, tuple[Data, ...]] = {
 
 
 def make_plan(request: CreateRecovery, damage: DamageReport, available: int) -> Plan:
-    """Settles every `auto`; `available` is the number of training prompts.
+    """Settles every `auto`; `available` is the number of training prompts, or demonstrations.
 
     Raises:
         UnsupportedRequest: the method does not fit the damage, or the output would break a promise.
     """
     asked = request.training
     kind, why_kind = _kind(request, damage)
-    rule = RULES[kind]
+    rule = TEACHING if request.teach else RULES[kind]
     method, why_method = _method(request, rule, kind)
     keep_zeros = damage.zero_pattern != "none"
     mode, why_mode = _mode(request, rule)
     output, why_output = _output(request, mode, method, keep_zeros)
     rate = rule.rates[mode] if asked.learning_rate == "auto" else asked.learning_rate
-    steps = rule.steps if asked.steps == "auto" else asked.steps
     batch = min(BATCH_SIZE, available) if asked.batch_size == "auto" else asked.batch_size
+    steps = _steps(request, rule, available, batch) if asked.steps == "auto" else asked.steps
     divergence, why_divergence = _divergence(request, method)
     start, why_start = _start(request, kind)
-    choices = [("damage", kind, why_kind), ("method", method, why_method)]
+    choices = [*_aim(request, kind, why_kind), ("method", method, why_method)]
     if method in DATA:
         choices += [
             ("objective", _objective(method, divergence, request.method.top_k), why_divergence),
-            ("start", start, why_start),
+            *([] if request.teach else [("start", start, why_start)]),
             ("mode", _mode_name(mode, keep_zeros, output), why_mode),
-            ("learning_rate", repr(rate), _why(asked.learning_rate, f"recovered most with {mode} here")),
+            ("learning_rate", repr(rate), _why(asked.learning_rate, _why_rate(request, mode))),
             ("steps", str(steps), _why(asked.steps, rule.why)),
             ("batch_size", str(batch), _why(asked.batch_size, "steady gradients at little memory")),
         ]
@@ -192,6 +205,26 @@ def _phases(method: Method, steps: int, rate: float) -> tuple[Phase, ...]:
     return tuple(Phase(data, steps, rate) for data in DATA.get(method, ()))
 
 
+def _aim(request: CreateRecovery, kind: str, why: str) -> list[tuple[str, str, str]]:
+    """What the training is for: against which damage, or what a skill is taught beside."""
+    if request.teach is None:
+        return [("damage", kind, why)]
+    if request.teach.rehearse:
+        reason = "held to its own distribution there, a model forgets little; each step takes twice the work"
+        return [("rehearsal", "general prompts", reason)]
+    return [("rehearsal", "none", "as requested")]
+
+
+def _steps(request: CreateRecovery, rule: _Rule, available: int, batch: int) -> int:
+    if request.teach is None:
+        return rule.steps
+    return min(MOST_TEACHING_STEPS, max(rule.steps, math.ceil(available / max(1, batch))))
+
+
+def _why_rate(request: CreateRecovery, mode: Mode) -> str:
+    return f"teaches with {mode} here" if request.teach else f"recovered most with {mode} here"
+
+
 def _kind(request: CreateRecovery, damage: DamageReport) -> tuple[str, str]:
     if request.damage != "auto":
         return request.damage, "as requested"
@@ -203,6 +236,10 @@ def _method(request: CreateRecovery, rule: _Rule, kind: str) -> tuple[Method, st
     asked = request.method.type
     if asked == "auto":
         return rule.method, rule.method_why
+    if request.teach:
+        if asked not in TEACHING_METHODS:
+            raise UnsupportedRequest(f"method.type {asked} cannot teach; {teachers()} can.")
+        return asked, "as requested"
     everywhere = frozenset(DATA)
     if asked not in everywhere | REPAIRS[kind]:
         raise UnsupportedRequest(
@@ -212,14 +249,24 @@ def _method(request: CreateRecovery, rule: _Rule, kind: str) -> tuple[Method, st
     return asked, "as requested"
 
 
+def teachers() -> str:
+    """The methods by which a skill can be taught, in words."""
+    return ", ".join(sorted(TEACHING_METHODS - {"auto"}))
+
+
 def _divergence(request: CreateRecovery, method: Method) -> tuple[Divergence, str]:
     asked = request.method
-    usual: DivergenceName = "reverse_kl" if method == "self_demonstration" else "forward_kl"
-    reason = (
-        "what the teacher says only because it was shown the answer should weigh least"
-        if usual == "reverse_kl"
-        else "it recovered most of all divergences at equal cost"
-    )
+    usual: DivergenceName = "forward_kl"
+    reason = "it recovered most of all divergences at equal cost"
+    if method == "self_demonstration":
+        usual = "forward_kl" if request.teach else "reverse_kl"
+        reason = (
+            "what the teacher says because it was shown the answer is what is to be learnt"
+            if request.teach
+            else "what the teacher says only because it was shown the answer should weigh least"
+        )
+    elif request.teach:
+        reason = "each demonstrated answer is learnt as a text"
     name = usual if asked.divergence == "auto" else asked.divergence
     beta = DEFAULT_BETA.get(name, 0.5) if asked.beta is None else asked.beta
     why = _why(asked.divergence, reason)

@@ -55,7 +55,10 @@ _STYLE: Final[dict[str, Any]] = {
 
 @mpl.rc_context(_STYLE)
 def loss_curve(training: TrainingReport) -> str:
-    """Training loss by step, KL on validation at each checkpoint, and which checkpoint was chosen."""
+    """Training loss by step, KL on validation at each checkpoint, and which checkpoint was chosen.
+
+    Where a skill is taught, the loss on validation demonstrations stands beside the KL, which is the drift.
+    """
     figure = Figure(figsize=(5.6, 3.6), layout="constrained")
     _draw_loss(figure.subplots(), training)
     return _svg(figure, "loss")
@@ -129,12 +132,17 @@ def _draw_loss(axes: Axes, training: TrainingReport) -> None:
         markersize=6,
         label="KL on validation",
     )
+    taught = [(point.step, point.skill_loss) for point in scored if point.skill_loss is not None]
+    if taught:
+        axes.plot(*zip(*taught, strict=True), color=BEFORE, linewidth=1.0, marker="s", markersize=5)
+        axes.lines[-1].set_label("loss on held-out demonstrations")
     for checkpoint in scored:
         if checkpoint.chosen:
             _mark_chosen(axes, checkpoint)
     axes.set_xlabel("optimizer step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _set_nats([point.loss for point in points] + [value for value in values if value is not None], axes)
+    shown = [point.loss for point in points] + [value for value in values if value is not None]
+    _set_nats(shown + [loss for _, loss in taught], axes)
     axes.grid(axis="y")
     axes.legend(loc="upper right", labelspacing=0.7)
 

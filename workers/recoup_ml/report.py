@@ -6,14 +6,12 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from recoup.schemas import Choice, Cost, Provenance, Report, TrainingReport
+from recoup.schemas import HANDED_OVER, Choice, Cost, Provenance, Report, TrainingReport
 from recoup_ml import answers, baselines, diagnose, distil, evaluate, models, weights
 from recoup_ml.results import Diagnosis
 from recoup_ml.run import Done, Journal, Run
 from recoup_ml.sequences import read_jsonl
 
-PROMOTED = frozenset({"recovered", "partial"})
-"""Outcomes whose weights are handed over."""
 LIBRARIES = ("torch", "transformers", "peft", "safetensors", "numpy")
 
 
@@ -26,9 +24,10 @@ def assemble(run: Run, journal: Journal, done: Done) -> Report:
         created_at=time.time(),
         outcome=evaluation.outcome,
         reason=evaluation.reason,
-        promoted=evaluation.outcome in PROMOTED,
+        promoted=evaluation.outcome in HANDED_OVER,
         recovered=evaluation.measures[0].recovered,
         gate=run.request.evaluation.gate,
+        teaching=evaluation.teaching,
         remarks=evaluation.remarks,
         measures=evaluation.measures,
         splits=diagnosis.splits,

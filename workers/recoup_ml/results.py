@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from pydantic import TypeAdapter
 
-from recoup.schemas import Baseline, DamageReport, Measure, Outcome, OutputForm, Sample, Splits
+from recoup.schemas import Baseline, DamageReport, Measure, Outcome, OutputForm, Sample, Splits, Teaching
 from recoup_ml.scores import Scores, Window
 
 T = TypeVar("T")
@@ -50,6 +50,8 @@ class Evaluation:
     reason: str
     measures: list[Measure]
     baseline: Baseline | None
+    teaching: Teaching | None
+    """Of a model that is taught a skill."""
     forms: list[OutputForm]
     """Of a packed student; empty for others."""
     samples: list[Sample]

@@ -34,6 +34,10 @@ class Run:
     """Servers that answer for the teacher, all alike; none: the teacher answers in this process."""
     vllm_command: tuple[str, ...] = ()
     """Serves there while it runs, for stages that ask (`turns.py`); empty: the servers are there already."""
+    teach: Sequence[Prompt] = ()
+    """Demonstrations of the skill of `request.teach`."""
+    held_out: Sequence[Prompt] = ()
+    """Those of `request.teach.held_out`."""
     answers: Path | None = None
     """The folder of the cache of servers' answers, shared by recoveries; none: nothing is remembered."""
     halvings: int = 0
@@ -42,6 +46,11 @@ class Run:
     """How many train together, a device each."""
     estimate: CostEstimate | None = None
     """What it was expected to take, for its report."""
+
+    @property
+    def teaches(self) -> bool:
+        """Whether a healthy model is taught a skill; else a damaged one is recovered."""
+        return self.request.teach is not None
 
     @property
     def prompt_tokens(self) -> int:

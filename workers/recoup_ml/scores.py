@@ -87,15 +87,34 @@ def greedy_share(model: Observation, sequences: Sequence[Answered]) -> float:
     return same / tokens
 
 
+@torch.inference_mode()
+def answer_nats(model: Observation, sequences: Sequence[Answered]) -> list[float]:
+    """-log p of each sequence's answer under the model, nats."""
+    return [
+        math.fsum(
+            value
+            for part_ND, part_N in zip(
+                hidden_ND.split(CHUNK), torch.tensor(sequence.answer_ids).split(CHUNK), strict=True
+            )
+            for value in _nll(model.head(part_ND.to(model.head.weight_VD)), part_N)
+        )
+        for hidden_ND, sequence in zip(model.hidden, sequences, strict=True)
+    ]
+
+
+def _nll(logits_NV: Tensor, targets_N: Tensor) -> list[float]:
+    targets_N = targets_N.to(logits_NV.device)
+    nll: list[float] = torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="none").tolist()
+    return nll
+
+
 def _compare(
     teacher_ND: Tensor, teacher_head: Head, model_ND: Tensor, model_head: Head, targets_N: Tensor
 ) -> tuple[list[float], int, list[float]]:
     teacher_NV = teacher_head(teacher_ND.to(teacher_head.weight_VD))
     model_NV = model_head(model_ND.to(model_head.weight_VD))
-    targets_N = targets_N.to(model_NV.device)
     same = int((teacher_NV.argmax(-1) == model_NV.argmax(-1)).sum())
-    nll_N = torch.nn.functional.cross_entropy(model_NV, targets_N, reduction="none")
-    return forward_kl(teacher_NV, model_NV).tolist(), same, nll_N.tolist()
+    return forward_kl(teacher_NV, model_NV).tolist(), same, _nll(model_NV, targets_N)
 
 
 def text_windows(

@@ -54,6 +54,39 @@ def split(prompts: Sequence[Prompt], test: int, validation: int, tasks: Iterable
     )
 
 
+def split_demonstrations(
+    prompts: Sequence[Prompt],
+    held_out: Sequence[Prompt],
+    test: int,
+    validation: int,
+    tasks: Iterable[Prompt] = (),
+) -> Split:
+    """Divides demonstrations of a skill by hash; a skill cannot be asked for in kinds that were never shown.
+
+    `held_out`, where there are any, are those that test; what stands there too is not trained on.
+    """
+    ordered = by_hash(prompts)
+    own = ordered[: min(test, max(1, round(TEST_SHARE * len(ordered))))]
+    tested = by_hash(held_out)[:test] or own
+    asked = {_key(prompt) for prompt in (*tasks, *(held_out or own))}
+    rest = [prompt for prompt in ordered if _key(prompt) not in asked]
+    chosen = min(validation, max(1, round(VALIDATION_SHARE * len(rest))))
+    return Split(
+        train=tuple(rest[chosen:]),
+        validation=tuple(rest[:chosen]),
+        test=tuple(tested),
+        test_kinds=(),
+        duplicates_dropped=len(prompts) - len(ordered),
+        task_duplicates_dropped=len(ordered) - len(rest) - (0 if held_out else len(own)),
+    )
+
+
+def others(prompts: Sequence[Prompt], than: Sequence[Prompt]) -> list[Prompt]:
+    """Those prompts that do not stand in the second set."""
+    known = {_key(prompt) for prompt in than}
+    return [prompt for prompt in prompts if _key(prompt) not in known] if known else list(prompts)
+
+
 def split_keep(prompts: Sequence[Prompt], test: int) -> tuple[list[Prompt], list[Prompt]]:
     """The prompts of `keep` as (train, test), by hash: at most half of them, at most `test`, are tested."""
     ordered = by_hash(prompts)

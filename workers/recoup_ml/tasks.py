@@ -45,7 +45,10 @@ def questions(task: Task, run: Run, tokenizer: PreTrainedTokenizerBase) -> Quest
     items = encode(rows, tokenizer, run.prompt_tokens)
     if not items:
         raise EmptyDataset(f"No prompt of the task {task.spec.name} is shorter than training.max_length.")
-    return Questions(task.spec, items, _room(task.spec, items, run, tokenizer))
+    most = task.spec.max_new_tokens
+    if most == "auto":
+        most = room(task.spec.match, items, run.request.generation.max_new_tokens, tokenizer)
+    return Questions(task.spec, items, most)
 
 
 def is_right(answer: str, reference: str, match: Match) -> bool:
@@ -58,8 +61,6 @@ def is_right(answer: str, reference: str, match: Match) -> bool:
     return found is not None and wanted is not None and found.same(wanted)
 
 
-def _room(spec: TaskSpec, items: Sequence[Encoded], run: Run, tokenizer: PreTrainedTokenizerBase) -> int:
-    if spec.max_new_tokens != "auto":
-        return spec.max_new_tokens
-    least = 1 if spec.match == "exact" else run.request.generation.max_new_tokens
-    return max(least, reference_room(items, tokenizer))
+def room(match: Match, items: Sequence[Encoded], limit: int, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of an answer: enough for the longest reference, and where it need not be exact, for `limit`."""
+    return max(1 if match == "exact" else limit, reference_room(items, tokenizer))

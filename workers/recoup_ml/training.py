@@ -41,6 +41,33 @@ VALIDATIONS, FEWEST_VALIDATIONS, STEPS_BETWEEN = 8, 4, 6
 
 
 @dataclass(frozen=True)
+class Taught:
+    """A skill that is taught, on validation demonstrations."""
+
+    before: float
+    """Loss of the student before anything was done to it, nats a token."""
+    loss: Callable[[PreTrainedModel], float]
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a student was seen to do on validation, nats a token."""
+
+    kl: float
+    skill_loss: float | None = None
+    """None where no skill is taught."""
+
+    @property
+    def cost(self) -> float:
+        """What chooses the checkpoint: ability and new skill count alike."""
+        return self.kl + (self.skill_loss or 0.0)
+
+    @staticmethod
+    def at(point: Checkpoint) -> "Look":
+        return Look(math.inf if point.validation_kl is None else point.validation_kl, point.skill_loss)
+
+
+@dataclass(frozen=True)
 class Watchers:
     """Who looks on while a student trains."""
 
@@ -51,6 +78,7 @@ class Watchers:
     tell: Callable[[TrainingPoint | Checkpoint], None]
     recorder: Recorder | None = None
     """Looks in place of `validate` where alignment is measured along the way."""
+    taught: Taught | None = None
 
 
 @dataclass(frozen=True)
@@ -68,8 +96,9 @@ class Position:
 class Training:
     """A student that is being trained: the optimizer, and all that was seen on the way.
 
-    `best` holds the checkpoint with the lowest validation KL; it stays absent if training diverged
-    before any was finite. With `snapshots`, a training that was killed can be taken up where it was.
+    `best` holds the checkpoint with the lowest validation KL or, where a skill is taught, the lowest sum of
+    KL and loss; it stays absent if training diverged before any was finite. With `snapshots`, a training that
+    was killed can be taken up where it was.
     """
 
     trainee: Trainee
@@ -137,7 +166,7 @@ class Training:
         self._tokens = self._tokens_at_once()
         recorder = self.watchers.recorder
         if recorder and not self._curve:
-            self._kl()
+            self._look()
         while at.stopped is None and at.step < phase.steps:
             lessons = [course.next() for course in courses]
             loss = self._step(lessons, phase.learning_rate * rate_share(at.step, phase.steps))
@@ -148,7 +177,7 @@ class Training:
             validated = at.step + 1 in when
             reason = self._validate(phase) if validated else None
             if recorder and not validated and recorder.due(len(self._curve)):
-                self._kl()
+                self._look()
             at = Position(at.step + 1, tokens, time.monotonic() - began, reason)
             self._keep_safe(at, courses, validated)
         self._phases.append(
@@ -177,6 +206,7 @@ class Training:
             tokens=sum(phase.tokens for phase in self._phases),
             masked_weights=self.trainee.masked_weights,
             initial_validation_kl=self.before,
+            initial_skill_loss=self.watchers.taught and self.watchers.taught.before,
             diverged=any(phase.stopped == "diverged" for phase in self._phases) or not self.best.exists(),
             rewrites=rewrites,
             curve=self._curve,
@@ -227,11 +257,15 @@ class Training:
 
     def _validate(self, phase: Phase) -> Stopped | None:
         """Adds a checkpoint, marked as chosen if it is the best so far; says whether to stop."""
-        kl = self._kl()
-        finite = [point.validation_kl for point in self._checkpoints if point.validation_kl is not None]
-        chosen = math.isfinite(kl) and kl < min(finite, default=math.inf)
-        step = len(self._curve)
-        now = Checkpoint(step=step, validation_kl=kl if math.isfinite(kl) else None, chosen=chosen)
+        seen = self._look()
+        costs = [cost for point in self._checkpoints if math.isfinite(cost := Look.at(point).cost)]
+        chosen = math.isfinite(seen.cost) and seen.cost < min(costs, default=math.inf)
+        now = Checkpoint(
+            step=len(self._curve),
+            validation_kl=seen.kl if math.isfinite(seen.cost) else None,
+            skill_loss=seen.skill_loss if math.isfinite(seen.cost) else None,
+            chosen=chosen,
+        )
         earlier = [
             point.model_copy(update={"chosen": point.chosen and not chosen}) for point in self._checkpoints
         ]
@@ -240,16 +274,18 @@ class Training:
         if not self.stops_early:
             return None
         patience = 1 if phase.probation else PATIENCE
-        return reason_to_stop(self.before, self.watchers.floor, [*finite, kl], patience)
+        before = Look(self.before, self.watchers.taught and self.watchers.taught.before).cost
+        return reason_to_stop(before, self.watchers.floor, [*costs, seen.cost], patience)
 
-    def _kl(self) -> float:
-        """Validation KL of the student as it is now."""
+    def _look(self) -> Look:
+        """The student as it is now, on validation."""
         if not self.team.leads:
-            return float(self.team.told())
-        model, recorder = self.trainee.model.eval(), self.watchers.recorder
+            return Look(*self.team.told())
+        model, recorder, taught = self.trainee.model.eval(), self.watchers.recorder, self.watchers.taught
         with parametrize.cached():
             kl = recorder.look(model, len(self._curve)) if recorder else self.watchers.validate(model)
-        return float(self.team.told(kl))
+            seen = Look(kl, taught and taught.loss(model))
+        return Look(*self.team.told([seen.kl, seen.skill_loss]))
 
     def _go_on(self, courses: Sequence[Course]) -> Position:
         """Where the phase stands: at its start, or where a snapshot left it, courses and dice included."""

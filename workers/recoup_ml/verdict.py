@@ -132,6 +132,16 @@ def lead(floor: Array, before: Array, ours: Array, theirs: Array, *, seed: int) 
     return _estimate(float(value), draws) if np.isfinite(draws).all() else None
 
 
+def change(before: Array, after: Array, seed: int) -> Estimate | None:
+    """after - before, each Σ sum / Σ weight over the same units of (sum, weight), bootstrapped over units.
+
+    None where any is not finite.
+    """
+    mean, resamples = ratio_of_sums(), _resamples(len(before), seed)
+    draws = _over(resamples, after, mean) - _over(resamples, before, mean)
+    return _estimate(float(mean(after) - mean(before)), draws) if np.isfinite(draws).all() else None
+
+
 def outcome(primary: Measure, measures: Sequence[Measure], gate: Gate) -> tuple[Outcome, str]:
     """The verdict on a trained student, and why, in one sentence."""
     r = primary.recovered

@@ -137,6 +137,7 @@ def _run(claim: Claim, ledger: Ledger, settings: Settings) -> "Run":
     text = request.evaluation.natural_text
     teacher = locate(request.teacher.source, settings.model_roots)
     urls, command = served_by(teacher, request, settings, settings.jobs_dir / claim.job_id)
+    teach = request.teach
     return Run(
         job_id=claim.job_id,
         student=locate(request.student.source, settings.model_roots).path,
@@ -144,6 +145,10 @@ def _run(claim: Claim, ledger: Ledger, settings: Settings) -> "Run":
         request=request,
         prompts=load_prompts(ledger, settings, request.prompts),
         keep=load_prompts(ledger, settings, request.keep) if request.keep else [],
+        teach=load_prompts(ledger, settings, FilePrompts(file=teach.file)) if teach else [],
+        held_out=load_prompts(ledger, settings, FilePrompts(file=teach.held_out))
+        if teach and teach.held_out
+        else [],
         tasks=[
             Task(spec, load_prompts(ledger, settings, FilePrompts(file=spec.file)))
             for spec in request.evaluation.tasks

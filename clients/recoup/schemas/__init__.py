@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from recoup.schemas.diagnosis import CreateDiagnosis, Diagnosis, DiagnosisReport, ExamSpec, PositionsSpec
     from recoup.schemas.plan import DryRun
     from recoup.schemas.recovery import (
+        HANDED_OVER,
         TERMINAL_STATES,
         Artifact,
         Capabilities,
@@ -46,12 +47,14 @@ if TYPE_CHECKING:
         AlignmentPoint,
         AlignmentState,
         Baseline,
+        Change,
         Checkpoint,
         Choice,
         Cost,
         CostEstimate,
         DamageReport,
         Estimate,
+        InContext,
         LayerDistance,
         Measure,
         OutputForm,
@@ -63,6 +66,7 @@ if TYPE_CHECKING:
         Sample,
         Splits,
         Stopped,
+        Teaching,
         TrainingPoint,
         TrainingReport,
         Trajectory,
@@ -88,6 +92,7 @@ if TYPE_CHECKING:
         OutputSpec,
         RolloutSpec,
         TaskSpec,
+        TeachSpec,
         TrainingSpec,
     )
 
@@ -99,19 +104,19 @@ _MODULES = {
     "diagnosis": "CreateDiagnosis Diagnosis DiagnosisReport ExamSpec PositionsSpec",
     "plan": "DryRun",
     "recovery": (
-        "TERMINAL_STATES Artifact Capabilities DeletedFile Event File JobError Outcome Page Problem "
-        "ProblemItem Progress Recovery Stage State"
+        "HANDED_OVER TERMINAL_STATES Artifact Capabilities DeletedFile Event File JobError Outcome Page "
+        "Problem ProblemItem Progress Recovery Stage State"
     ),
     "report": (
-        "Alignment AlignmentPoint AlignmentState Baseline Checkpoint Choice Cost CostEstimate "
-        "DamageReport Estimate LayerDistance Measure OutputForm PhaseReport Provenance "
-        "RankCorrelation Report RewriteCounts Sample Splits Stopped TrainingPoint TrainingReport "
-        "Trajectory TriedRepair"
+        "Alignment AlignmentPoint AlignmentState Baseline Change Checkpoint Choice Cost CostEstimate "
+        "DamageReport Estimate InContext LayerDistance Measure OutputForm PhaseReport Provenance "
+        "RankCorrelation Report RewriteCounts Sample Splits Stopped Teaching TrainingPoint "
+        "TrainingReport Trajectory TriedRepair"
     ),
     "request": (
         "AlignmentSpec BuiltinPrompts ChangeRecovery CreateRecovery Damage DivergenceName "
         "EvaluationSpec FilePrompts Gate GenerationSpec Limits LoraSpec Match Method MethodSpec "
-        "ModelRef OutputSpec RolloutSpec TaskSpec TrainingSpec"
+        "ModelRef OutputSpec RolloutSpec TaskSpec TeachSpec TrainingSpec"
     ),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
@@ -125,6 +130,7 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "HANDED_OVER",
     "TERMINAL_STATES",
     "Alignment",
     "AlignmentPoint",
@@ -134,6 +140,7 @@ __all__ = [
     "Baseline",
     "BuiltinPrompts",
     "Capabilities",
+    "Change",
     "ChangeRecovery",
     "ChatRow",
     "Checkpoint",
@@ -161,6 +168,7 @@ __all__ = [
     "FilePrompts",
     "Gate",
     "GenerationSpec",
+    "InContext",
     "JobError",
     "Launch",
     "LayerDistance",
@@ -198,6 +206,8 @@ __all__ = [
     "State",
     "Stopped",
     "TaskSpec",
+    "TeachSpec",
+    "Teaching",
     "TextRow",
     "TrainingPoint",
     "TrainingReport",

@@ -8,7 +8,19 @@ from recoup.schemas.request import CreateRecovery
 
 State = Literal["queued", "running", "paused", "cancelling", "cancelled", "succeeded", "failed"]
 Stage = Literal["preflight", "diagnose", "generate", "distil", "evaluate", "package"]
-Outcome = Literal["recovered", "partial", "no_gain", "regressed", "not_needed"]
+Outcome = Literal[
+    "recovered",
+    "partial",
+    "no_gain",
+    "regressed",
+    "not_needed",
+    "taught",
+    "taught_with_forgetting",
+    "not_taught",
+]
+"""What came of a job; the last three are those of a job that teaches."""
+HANDED_OVER: frozenset[Outcome] = frozenset({"recovered", "partial", "taught", "taught_with_forgetting"})
+"""Outcomes whose weights are handed over."""
 TERMINAL_STATES: frozenset[State] = frozenset({"cancelled", "succeeded", "failed"})
 
 

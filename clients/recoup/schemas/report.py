@@ -97,6 +97,9 @@ class Checkpoint(Output):
     step: int
     validation_kl: float | None
     """Mean token KL(teacher‖student) on validation, nats; null if not finite."""
+    skill_loss: float | None
+    """Of demonstrated answers on validation, nats a token, where a skill is taught; then the sum of both
+    chooses."""
     chosen: bool
 
 
@@ -186,13 +189,16 @@ class TrainingReport(Output):
     phases: list[PhaseReport]
     trainable_parameters: int
     keep_answers: int
-    """Prompts of `keep` on which the student was held to its own distribution before."""
+    """Prompts of `keep`, and general ones where a skill is taught, on which the student was held to its own
+    distribution before."""
     tokens: int
     """Answer tokens that entered the loss, repeats counted."""
     masked_weights: int
     """Pruned weights that were held at zero."""
     initial_validation_kl: float
     """Of the student before its first step, nats."""
+    initial_skill_loss: float | None
+    """Likewise, where a skill is taught."""
     diverged: bool
     """The loss became infinite or not a number, and training stopped there."""
     rewrites: RewriteCounts | None
@@ -232,6 +238,44 @@ class Baseline(Output):
     """Recovered fraction of the KL gap."""
     lead: Estimate | None
     """Recovered fraction of the trained student minus that of the repair, over the same sequences."""
+
+
+class Change(Output):
+    """A measure of one model before and after, over the same units."""
+
+    before: float
+    after: float | None
+    """Null where nothing finite was trained, as is `change`."""
+    change: Estimate | None
+    """after - before."""
+    n: int
+
+
+class InContext(Output):
+    """The untaught model, shown a few demonstrations in its context: what costs no training and no drift."""
+
+    shots: int
+    loss: float
+    right: float
+    lead: Estimate | None
+    """Its loss minus that of the taught model, over the same demonstrations, nats a token."""
+
+
+class Teaching(Output):
+    """What a healthy model learnt from demonstrations, and what it lost over it; on held-out data."""
+
+    train: int
+    """Demonstrations; none stands in two splits, and repeated ones count once."""
+    validation: int
+    test: int
+    loss: Change
+    """Of held-out demonstrated answers, nats a token: what decides whether the skill was learnt."""
+    right: Change
+    """Share of held-out demonstrations that were answered rightly by `teach.match`."""
+    drift: Estimate | None
+    """Mean token KL from the model as it was, on its answers to held-out general prompts, nats."""
+    in_context: InContext | None
+    """Null where `evaluation.baselines` is off, or demonstrations are too long to be shown."""
 
 
 class OutputForm(Output):
@@ -351,8 +395,11 @@ class Report(Output):
     promoted: bool
     """Whether the trained weights were made an artifact."""
     recovered: Estimate | None
-    """The recovered fraction of the primary measure, mean token KL to the teacher on test."""
+    """The recovered fraction of the primary measure, mean token KL to the teacher on test; null where a skill
+    is taught."""
     gate: Gate
+    teaching: Teaching | None
+    """Null in a recovery."""
     remarks: list[str]
     """Where measures disagree, and what else a reader must know."""
     measures: list[Measure]

@@ -90,6 +90,8 @@ Without training: `interpolate`, `spectral`, `restore_layers` for fine-tuning, `
 for quantization, `reconstruct` for pruning.
 """
 DivergenceName = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl"]
+TEACHING_METHODS = frozenset({"auto", "rewrite_sft", "self_demonstration", "sft"})
+"""Those by which a skill can be taught: they learn from demonstrated answers."""
 MODEL_KINDS = frozenset({"full", "norms"})
 """Training modes that give a whole model, not an adapter."""
 
@@ -158,7 +160,10 @@ class Gate(Input):
     min_recovered: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
     """The lower bound that the recovered fraction must reach for `recovered`."""
     max_regression: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
-    """The relative loss on a guarded measure beyond which the outcome is `regressed`."""
+    """The relative loss on a guarded measure beyond which the outcome is `regressed`, or of a teaching
+    `taught_with_forgetting`."""
+    max_drift: Annotated[float, Field(ge=0.0, le=100.0)] = 0.1
+    """Of a teaching: nats a token by which the model may move from what it was, on general prompts."""
 
 
 Match = Literal["exact", "contains", "number"]
@@ -167,6 +172,26 @@ Match = Literal["exact", "contains", "number"]
 `exact`: it is the reference, white space at both ends aside. `contains`: the reference stands in it as
 whole words, whatever their case. `number`: its last number is the reference's last number.
 """
+
+
+class TeachSpec(Input):
+    """A new skill for a healthy model, as demonstrations: prompts with the answer that is wanted."""
+
+    file: FileId
+    """An uploaded JSONL file of demonstrations; every row carries its answer."""
+    held_out: FileId | None = None
+    """Demonstrations that are never trained on and decide whether the skill was learnt; default: a fifth of
+    `file`, by hash."""
+    match: Match = "exact"
+    """When an answer to a held-out demonstration is right."""
+    rehearse: bool = True
+    """Every step also holds the model to its own distribution on general prompts; it doubles the work."""
+
+    @model_validator(mode="after")
+    def _differ(self) -> "TeachSpec":
+        if self.held_out == self.file:
+            raise ValueError("held_out must be another file than file")
+        return self
 
 
 class TaskSpec(Input):
@@ -234,14 +259,16 @@ class Limits(Input):
 
 class CreateRecovery(Input):
     student: ModelRef
-    """The damaged model."""
+    """The damaged model; with `teach`, a healthy one."""
     teacher: ModelRef
-    """Its healthy original."""
+    """Its healthy original; with `teach`, the same model."""
     damage: Literal["auto"] | Damage = "auto"
     prompts: Prompts = BuiltinPrompts.model_construct(builtin="general")
     """General prompts on which ability is restored."""
     keep: FilePrompts | None = None
     """Prompts of the new skill that must not be lost; with a `completion` each they are scored by match."""
+    teach: TeachSpec | None = None
+    """A new skill: the student, healthy and its own teacher, learns it and keeps what it could."""
     method: MethodSpec = MethodSpec.model_construct()
     training: TrainingSpec = TrainingSpec.model_construct()
     generation: GenerationSpec = GenerationSpec.model_construct()
@@ -263,6 +290,18 @@ class CreateRecovery(Input):
             )
         if self.method.beta is not None and self.method.divergence not in {"jsd", "skew_kl"}:
             raise ValueError("method.beta belongs to method.divergence jsd or skew_kl")
+        return self
+
+    @model_validator(mode="after")
+    def _teaches_a_healthy_model(self) -> "CreateRecovery":
+        if self.teach is None:
+            return self
+        if self.student.source != self.teacher.source:
+            raise ValueError("with teach a healthy model is its own teacher: name it as student and teacher")
+        if self.damage != "auto":
+            raise ValueError("with teach the student is healthy, so damage must be auto")
+        if self.training.start == "repair":
+            raise ValueError("with teach there is nothing to repair, so training.start cannot be repair")
         return self
 
 
