@@ -182,13 +182,19 @@ def need_of(
     training = student.loaded_bytes(machine) + beside + OPTIMIZER_BYTES * trained if plan.phases else 0
     taught = min(amounts.rows, _answers(plan, "teacher")) * request.generation.max_new_tokens
     reading = held + 4 * machine.logit_rows * student.vocabulary
-    learning = training + _activations(student, training, machine) + 4 * student.hidden * taught
+    learning = training + _activations(student, training, machine) + _kept_bytes(request, student) * taught
     return Need(
         work=work,
         memory_bytes=BASE_BYTES + max(reading, learning),
         least_memory_bytes=max(student.stored_bytes, teacher.stored_bytes, training // 2),
         disk_bytes=_disk(request, plan, student, trained, amounts),
     )
+
+
+def _kept_bytes(request: CreateRecovery, student: Sizes) -> int:
+    """A position of the teacher's, while the student learns: a hidden state, or ids and half floats."""
+    k = request.method.top_k
+    return 4 * student.hidden if k is None else 6 * k + 2
 
 
 def _work(request: CreateRecovery, plan: Planned, amounts: Amounts) -> dict[Stage, Work]:

@@ -3,14 +3,18 @@
 import asyncio
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from recoup.schemas import Message, Prompt
 from recoup_jobs.settings import Settings
+from recoup_ml.errors import TeacherLogProbsTooFew
 from recoup_ml.generate import LocalEngine
+from recoup_ml.observation import observe
 from recoup_ml.sequences import encode
 from recoup_ml.vllm_engine import Generator, Patience, Question, Row, Sampling, VllmEngine
 from recoup_server.teacher import Teacher, find_build, running
@@ -63,6 +67,38 @@ def test_greedy_answers_are_those_of_transformers(
     served = VllmEngine([url], tokenizer).answer(items, LIMIT, lambda _done: None)
     local = LocalEngine(model, tokenizer).answer(items, LIMIT, lambda _done: None)
     assert sum(mine == theirs for mine, theirs in zip(served, local, strict=True)) >= 39
+
+
+def test_the_likeliest_tokens_are_those_of_transformers_generated_or_given(
+    url: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt]
+) -> None:
+    """In float32; half of the vocabulary, so that places are swapped where two are all but equally likely."""
+    engine, found = VllmEngine([url], tokenizer), {}
+    items, k = encode(prompts[:20], tokenizer, 128), len(tokenizer) // 2
+    engine.each(items, LIMIT, k, lambda place, answer, top: found.update({place: (answer, top)}))
+    answers = [found[place][0] for place in range(20)]
+    given = [replace(answer, answer_ids=answer.answer_ids[::-1]) for answer in answers]
+    for asked, told in (
+        (answers, [found[place][1] for place in range(20)]),
+        (given, engine.tops(given, k)),
+    ):
+        seen = observe(model, asked, 0)
+        for top, hidden_ND in zip(told, seen.hidden, strict=True):
+            log_p_NV = seen.head(hidden_ND).log_softmax(-1)
+            own_NK = log_p_NV.gather(-1, top.ids_NK.long())
+            torch.testing.assert_close(top.log_p_NK.float(), own_NK, rtol=1e-3, atol=2e-4)
+            torch.testing.assert_close(top.log_p_NK.float(), log_p_NV.topk(k).values, rtol=1e-3, atol=2e-4)
+            rest_N = 1 - own_NK.exp().sum(-1)
+            torch.testing.assert_close(top.log_rest_N.float().exp(), rest_N, rtol=1e-3, atol=1e-4)
+
+
+def test_a_server_that_was_told_to_tell_fewer_says_so(
+    url: str, tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt]
+) -> None:
+    """Through the generator, for `VllmEngine` asks for no more than there are."""
+    (item,) = encode(prompts[:1], tokenizer, 128)
+    with pytest.raises(TeacherLogProbsTooFew, match="--max-logprobs"):
+        rows_of(url, [Question(0, item.ids)], Sampling(LIMIT, top_k=4097))
 
 
 def test_samples_differ_from_one_another_and_are_the_same_the_next_time(

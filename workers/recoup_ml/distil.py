@@ -13,7 +13,7 @@ It does not decide whether the student got better; `verdict.py` does, on other p
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recoup.schemas import Checkpoint, DamageReport, TrainingPoint, TrainingReport
-from recoup_ml import answers, baselines, diagnose, durable, models, regulariser
+from recoup_ml import answers, baselines, diagnose, durable, models, regulariser, tops
 from recoup_ml.alignment import choose_positions, with_embeddings
 from recoup_ml.generate import LocalEngine, usable
 from recoup_ml.lessons import Course, FixedCourse, Lesson, RolloutCourse, distributions
@@ -37,6 +37,7 @@ from recoup_ml.team import ALONE, Brief, Team, gather
 from recoup_ml.trainable import prepare
 from recoup_ml.training import Training, Watchers
 from recoup_ml.trajectory import MOST_POSITIONS, Recorder
+from recoup_ml.vllm_engine import VllmEngine
 
 BEST, START = "best", "start"
 
@@ -175,7 +176,7 @@ def _rollouts(
     shown: Mapping[tuple[int, ...], tuple[int, ...]],
     team: Team,
 ) -> RolloutCourse:
-    """The student's answers to `prompts`, taught by a teacher that stands beside it.
+    """The student's answers to `prompts`, taught by the teacher.
 
     Each process of the team has the student answer a share of the prompts.
 
@@ -183,8 +184,8 @@ def _rollouts(
     """
     spec = run.request.method.rollouts
     limit = run.request.generation.max_new_tokens if spec.max_new_tokens == "auto" else spec.max_new_tokens
-    teacher, pad_id = models.load(run.teacher), models.pad_id(tokenizer)
     engine = LocalEngine(student, tokenizer, spec.temperature)
+    lesson = _lessons(run, plan, tokenizer, team)
 
     def answer(asked: Sequence[Encoded]) -> Sequence[Answered]:
         student.eval()
@@ -196,11 +197,31 @@ def _rollouts(
 
     def teach(given: Sequence[Answered]) -> Lesson:
         heard = [replace(item, prompt_ids=shown.get(item.prompt_ids, item.prompt_ids)) for item in given]
-        seen = observe(teacher, heard, pad_id)
-        lesson = distributions(given, seen, plan.top_k, plan.divergence.temperature)
-        return Lesson(lesson.answers, lesson.targets, spec.skip_tokens)
+        return Lesson(given, lesson(heard).targets, spec.skip_tokens)
 
     return RolloutCourse(prompts, answer, teach, plan.batch_size, spec.refresh_steps, run.request.seed)
+
+
+def _lessons(
+    run: Run, plan: Plan, tokenizer: PreTrainedTokenizerBase, team: Team
+) -> Callable[[Sequence[Answered]], Lesson]:
+    """What the teacher makes of answers: where its servers know all that is learnt, it is not in memory.
+
+    They do not know what is likely at another temperature than 1. Each process of the team asks for a share.
+    """
+    top_k, temperature = plan.top_k, plan.divergence.temperature
+    if run.vllm_urls and top_k is not None and temperature == 1:
+        servers = VllmEngine(run.vllm_urls, tokenizer)
+
+        def asked(heard: Sequence[Answered]) -> Lesson:
+            mine = [tops.packed(top) for top in servers.tops(team.share(heard), top_k)]
+            shares = team.gathered([content.hex() for content in mine])
+            contents = (shares[place % team.size][place // team.size] for place in range(len(heard)))
+            return Lesson(heard, [tops.unpacked(bytes.fromhex(content)) for content in contents])
+
+        return asked
+    teacher, pad_id = models.load(run.teacher), models.pad_id(tokenizer)
+    return lambda heard: distributions(heard, observe(teacher, heard, pad_id), top_k, temperature)
 
 
 def _without_loop(given: Answered) -> Answered:

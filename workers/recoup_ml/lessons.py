@@ -41,12 +41,15 @@ def distributions(
     """A lesson on the whole distributions of a teacher that was observed on `answers`, or on their top."""
     if top_k is None:
         return Lesson(answers, [Hidden(hidden_ND, teacher.head) for hidden_ND in teacher.hidden])
+    return Lesson(answers, likeliest(teacher, top_k, temperature))
+
+
+@torch.no_grad()
+def likeliest(teacher: Observation, top_k: int, temperature: float) -> list[TopK]:
+    """The top of the distributions of a teacher that was observed, answer by answer."""
     weight_VD = teacher.head.weight_VD
-    with torch.no_grad():
-        tops = [
-            TopK.of(teacher.head(hidden_ND.to(weight_VD)), top_k, temperature) for hidden_ND in teacher.hidden
-        ]
-    return Lesson(answers, tops)
+    logits = (teacher.head(hidden_ND.to(weight_VD)) for hidden_ND in teacher.hidden)
+    return [TopK.of(logits_NV, top_k, temperature).compact() for logits_NV in logits]
 
 
 def texts(answers: Sequence[Answered]) -> Lesson:
