@@ -57,6 +57,9 @@ def _asked(
         str | None,
         typer.Option(metavar=FILE, help="JSONL of general prompts, or an uploaded one; default: built in."),
     ] = None,
+    compose: Annotated[
+        int | None, typer.Option(help="Let the teacher write so many prompts itself instead.")
+    ] = None,
     keep: Annotated[
         str | None, typer.Option(metavar=FILE, help="JSONL of prompts of a skill to keep.")
     ] = None,
@@ -78,7 +81,10 @@ def _asked(
         bool | None, typer.Option("--servable", help="Refuse what vLLM could not serve, before training.")
     ] = None,
 ) -> Asked:
+    if prompts is not None and compose is not None:
+        raise typer.BadParameter("--prompts gives them, --compose has them written: not both.")
     fields = given(
+        prompts=given(compose=compose),
         student={"source": student},
         teacher={"source": teacher},
         damage=damage,

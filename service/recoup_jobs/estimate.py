@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from recoup.schemas import Choice, CreateRecovery, Stage
+from recoup.schemas import Choice, ComposedPrompts, CreateRecovery, Stage
 from recoup_jobs.inspection import Model
 from recoup_jobs.weights import BITS_BY_DTYPE, TensorInfo
 
@@ -212,7 +212,13 @@ def _work(request: CreateRecovery, plan: Planned, amounts: Amounts) -> dict[Stag
     steps = sum(phase.steps for phase in plan.phases)
     sequences = steps * plan.batch_size * (2 if amounts.keep_rows else 1)
     rolled = (_answers(plan, "student") + _answers(plan, "demonstrated")) * limit
-    return {
+    written = request.prompts
+    composed: dict[Stage, Work] = (
+        {"compose": Work(written.compose * written.max_tokens)}
+        if isinstance(written, ComposedPrompts)
+        else {}
+    )
+    return composed | {
         "diagnose": Work(test * limit + 2 * probed, 3 * test * length + 2 * natural),
         "generate": Work(
             (taught + validation + 2 * rewritten) * limit + kept * DEFAULT_KEEP_TOKENS,

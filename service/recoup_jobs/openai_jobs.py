@@ -12,7 +12,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError
 
-from recoup.schemas import CreateRecovery, Event, FilePrompts, ProblemItem, Recovery
+from recoup.schemas import (
+    BuiltinPrompts,
+    ComposedPrompts,
+    CreateRecovery,
+    Event,
+    FilePrompts,
+    ProblemItem,
+    Recovery,
+)
 from recoup.schemas.request import FileId, Input, MetadataKey, MetadataValue
 from recoup_jobs.errors import Unprocessable
 from recoup_jobs.findings import items_of
@@ -111,7 +119,7 @@ def as_job(recovery: Recovery, aliases: dict[str, Alias], tenant: str) -> dict[s
         "created_at": int(recovery.created_at),
         "finished_at": None if recovery.finished_at is None else int(recovery.finished_at),
         "fine_tuned_model": f"recovery:{recovery.id}" if has_weights else None,
-        "training_file": asked.prompts.file if isinstance(asked.prompts, FilePrompts) else "builtin:general",
+        "training_file": _training_file(asked),
         "validation_file": None,
         "result_files": [],
         "error": recovery.error and {**recovery.error.model_dump(), "param": None},
@@ -124,6 +132,16 @@ def as_job(recovery: Recovery, aliases: dict[str, Alias], tenant: str) -> dict[s
         "integrations": [],
         "metadata": asked.metadata,
     }
+
+
+def _training_file(asked: CreateRecovery) -> str:
+    match asked.prompts:
+        case FilePrompts(file=id):
+            return id
+        case BuiltinPrompts(builtin=name):
+            return f"builtin:{name}"
+        case ComposedPrompts():
+            return "composed"
 
 
 def as_job_event(event: Event) -> dict[str, Any]:

@@ -364,6 +364,8 @@ class CompletionsServer:
         self.models: list[dict[str, Any]] = [{"id": "teacher", "max_model_len": 4096}]
         self.healthy = True
         self.answer: Callable[[list[int], int], list[int]] = lambda ids, limit: [*ids[-4:], 2][:limit]
+        self.sample: Callable[[list[int], int], list[int]] | None = None
+        """Sampled answers, by the seed; none: as greedy ones."""
         self.log_p: Callable[[list[int]], Tensor]
         """Of the next token at each position of a sequence, [T, V]; nobody asks for it unless it is set."""
         self.reply: Callable[[dict[str, Any]], dict[str, Any] | bytes | Refusal] = lambda answer: answer
@@ -415,7 +417,11 @@ class CompletionsServer:
     def _complete(self, body: dict[str, Any]) -> dict[str, Any]:
         """The chosen tokens and, where `log_p` knows them, the log-probabilities that are asked for."""
         said = [message["content"] for message in body.get("messages", [])]
-        ids = self.answer(body.get("prompt") or [len(text) for text in said], body["max_tokens"])
+        ids = (
+            self.sample(body["prompt"], body["seed"])
+            if self.sample and "seed" in body
+            else self.answer(body.get("prompt") or [len(text) for text in said], body["max_tokens"])
+        )
         text = {"message": {"content": " ".join(said)}} if said else {"text": ""}
         finish = "stop" if ids[-1] == 2 else "length"
         choices = [
@@ -496,6 +502,24 @@ def server() -> Iterator[CompletionsServer]:
     running = CompletionsServer()
     yield running
     running.die()
+
+
+@pytest.fixture
+def author(
+    server: CompletionsServer, tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt]
+) -> CompletionsServer:
+    """A server of a teacher that says, as a user, one of the tests' prompts or, one time in four, a word."""
+    (opening,) = tokenizer("<|user|>", add_special_tokens=False)["input_ids"]
+    texts = [prompt.messages[0].content for prompt in prompts]
+
+    def say(ids: list[int], seed: int) -> list[int]:
+        assert ids == [opening]
+        draw = random.Random(seed)
+        text = draw.choice(texts) if draw.random() < 0.75 else "red"
+        return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+    server.sample = say
+    return server
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from recoup.schemas import (
     Outcome,
     ProbeRow,
     Prompt,
+    PromptRow,
     Report,
     TaskSpec,
     TrainingReport,
@@ -521,6 +522,28 @@ def test_a_teacher_whose_servers_score_the_students_answers_is_not_beside_it(
     assert min(point.validation_kl for point in report.checkpoints) < report.initial_validation_kl
     assert len(serving.bodies) == 8 * report.batch_size
     assert all(body["prompt_logprobs"] == 16 for body in serving.bodies)
+
+
+def test_prompts_that_the_teacher_wrote_are_divided_like_any_others_and_handed_over(
+    author: Any, make_run: Callable[..., Run], open_journal: type, tmp_path: Path
+) -> None:
+    """A server writes them; then the teacher itself answers, for the server would not answer as it does."""
+    asked = make_run("finetuned", prompts={"compose": 120}, training={"steps": 4})
+    run = replace(asked, prompts=[])
+    with pytest.raises(ConnectionResetError):
+        recover(replace(run, vllm_urls=(author.url,)), open_journal(tmp_path, breaks_in="diagnose"))
+    found = finished(run, open_journal(tmp_path))
+    splits = found.report.splits
+    assert splits.composed.kept == 120 == splits.train + splits.validation + splits.test
+    assert (splits.duplicates_dropped, splits.test_kinds) == (0, [])
+    assert found.report.cost.tokens_generated > splits.composed.tokens > 0
+    assert "120 prompts, of" in found.journal.published["report.html"].read_text("utf-8")
+    lines = found.journal.published["composed.jsonl"].read_text("utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert {PromptRow.model_validate(row).prompt for row in rows} <= {
+        prompt.messages[0].content for prompt in asked.prompts
+    }
+    assert len(rows) == 120
 
 
 def test_a_server_that_serves_another_model_is_refused(

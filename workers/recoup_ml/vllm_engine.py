@@ -50,6 +50,8 @@ class Question:
     """Token ids, or the messages of a conversation."""
     given: tuple[int, ...] = ()
     """An answer after a prompt of token ids, which is to be scored; one more token is generated meanwhile."""
+    draw: int = 0
+    """Tells the samples of a prompt that is asked several times from one another."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Sampling:
     stop_ids: tuple[int, ...] = ()
     """Tokens that end an answer, beside those that the served model names itself."""
     seed: int = 0
-    """With the prompt it settles the samples, whichever replica draws them."""
+    """With the prompt and its draw it settles the samples, whichever replica makes them."""
     top_k: int = 0
     """How many of the likeliest tokens are told at every position, and how likely they are."""
 
@@ -235,6 +237,18 @@ class VllmEngine:
         )
         asyncio.run(_each(self._scorer.rows(questions, sampling), scored))
 
+    def drawn(
+        self, prompt: Encoded, draws: range, max_new_tokens: int, temperature: float, seed: int
+    ) -> list[Answered]:
+        """Sampled answers to one prompt, those of a seed's endless row at the places `draws`."""
+        ends = (self._tokenizer.eos_token_id,)
+        sampling = Sampling(max_new_tokens, temperature, stop_ids=ends, seed=seed)
+        found: dict[int, Answered] = {}
+        questions = (Question(draw, prompt.ids, draw=draw) for draw in draws)
+        rows = self._generator.rows(questions, sampling)
+        asyncio.run(_each(rows, lambda row: found.update({row.place: self._answered(prompt, row)})))
+        return [found[draw] for draw in draws]
+
     def tops(self, answers: Sequence[Answered], top_k: int) -> list[TopK]:
         """The likeliest tokens at the positions of each answer, in their order."""
         found: dict[int, TopK] = {}
@@ -284,7 +298,8 @@ def _request(question: Question, sampling: Sampling, served: Served) -> tuple[st
     if sampling.top_k:
         body |= log_probs.request(sampling.top_k, question.given)
     if sampling.temperature:
-        body["seed"] = random.Random(repr((sampling.seed, question.prompt))).getrandbits(31)
+        drawn = sampling.seed, question.prompt, question.draw
+        body["seed"] = random.Random(repr(drawn)).getrandbits(31)
     if isinstance(question.prompt[0], Message):
         messages = [part.model_dump(include={"role", "content"}) for part in question.prompt]
         return "/v1/chat/completions", body | {"messages": messages}

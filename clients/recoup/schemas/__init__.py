@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         Baseline,
         Checkpoint,
         Choice,
+        Composition,
         Cost,
         CostEstimate,
         DamageReport,
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
         AlignmentSpec,
         BuiltinPrompts,
         ChangeRecovery,
+        ComposedPrompts,
         CreateRecovery,
         Damage,
         DivergenceName,
@@ -103,13 +105,13 @@ _MODULES = {
         "ProblemItem Progress Recovery Stage State"
     ),
     "report": (
-        "Alignment AlignmentPoint AlignmentState Baseline Checkpoint Choice Cost CostEstimate "
+        "Alignment AlignmentPoint AlignmentState Baseline Checkpoint Choice Composition Cost CostEstimate "
         "DamageReport Estimate LayerDistance Measure OutputForm PhaseReport Provenance "
         "RankCorrelation Report RewriteCounts Sample Splits Stopped TrainingPoint TrainingReport "
         "Trajectory TriedRepair"
     ),
     "request": (
-        "AlignmentSpec BuiltinPrompts ChangeRecovery CreateRecovery Damage DivergenceName "
+        "AlignmentSpec BuiltinPrompts ChangeRecovery ComposedPrompts CreateRecovery Damage DivergenceName "
         "EvaluationSpec FilePrompts Gate GenerationSpec Limits LoraSpec Match Method MethodSpec "
         "ModelRef OutputSpec RolloutSpec TaskSpec TrainingSpec"
     ),
@@ -138,6 +140,8 @@ __all__ = [
     "ChatRow",
     "Checkpoint",
     "Choice",
+    "ComposedPrompts",
+    "Composition",
     "Cost",
     "CostEstimate",
     "CreateDeployment",

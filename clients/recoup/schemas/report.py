@@ -71,6 +71,21 @@ class DamageReport(Output):
     """Relative weight distance of each student layer to its teacher layer; 0 where none can be taken."""
 
 
+class Composition(Output):
+    """How the teacher wrote the prompts itself."""
+
+    wanted: int
+    kept: int
+    """Distinct prompts that were divided into the splits, like any others."""
+    drawn: int
+    refused: dict[str, int]
+    """Why the others were left out."""
+    tokens: int
+    """That were generated for it."""
+    opening: str
+    """The part of the teacher's chat template that it went on from."""
+
+
 class Splits(Output):
     """How prompts were divided; no prompt stands in two splits."""
 
@@ -84,6 +99,8 @@ class Splits(Output):
     """Prompts that were not trained on, nor validated on, because they stand in a task."""
     too_long_dropped: int
     prompts_sha256: str
+    composed: Composition | None
+    """Null where prompts were given."""
 
 
 class TrainingPoint(Output):
