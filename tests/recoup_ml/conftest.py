@@ -369,6 +369,8 @@ class CompletionsServer:
         self.log_p: Callable[[list[int]], Tensor]
         """Of the next token at each position of a sequence, [T, V]; nobody asks for it unless it is set."""
         self.reply: Callable[[dict[str, Any]], dict[str, Any] | bytes | Refusal] = lambda answer: answer
+        self.routes: dict[str, Callable[[dict[str, Any]], dict[str, Any] | bytes | Refusal]] = {}
+        """What else it answers, by path."""
         self._lock, self._port = threading.Lock(), 0
         self._connections: set[socket.socket] = set()
         self.live()
@@ -409,6 +411,8 @@ class CompletionsServer:
             self.busy += 1
             self.most_busy = max(self.busy, self.most_busy)
         try:
+            if route := self.routes.get(body["path"]):
+                return route(body)
             return self.reply(self._complete(body))
         finally:
             with self._lock:

@@ -34,6 +34,8 @@ class Run:
     """Servers that answer for the teacher, all alike; none: the teacher answers in this process."""
     vllm_command: tuple[str, ...] = ()
     """Serves there while it runs, for stages that ask (`turns.py`); empty: the servers are there already."""
+    rollout_urls: tuple[str, ...] = ()
+    """Servers of students, for answers of the one that learns; none, or none of it: it answers itself."""
     answers: Path | None = None
     """The folder of the cache of servers' answers, shared by recoveries; none: nothing is remembered."""
     halvings: int = 0

@@ -70,6 +70,10 @@ class Sampling:
     """Tokens that end an answer, beside those that the served model names itself."""
     seed: int = 0
     """With the prompt and its draw it settles the samples, whichever replica makes them."""
+    model: str | None = None
+    """Which model of the servers; none: the first that they list."""
+    log_q: bool = False
+    """Whether each token of an answer comes with the log-probability that it was drawn with."""
     top_k: int = 0
     """How many of the likeliest tokens are told at every position, and how likely they are."""
 
@@ -88,6 +92,8 @@ class Row:
     """`stop` or `length`."""
     top: TopK | None
     """The likeliest tokens at each position of the answer, the given one if there is one."""
+    log_q: tuple[float, ...] = ()
+    """Of each token, if it was asked for."""
 
 
 @dataclass(frozen=True)
@@ -249,6 +255,21 @@ class VllmEngine:
         asyncio.run(_each(rows, lambda row: found.update({row.place: self._answered(prompt, row)})))
         return [found[draw] for draw in draws]
 
+    def sampled(
+        self, prompts: Sequence[Encoded], max_new_tokens: int, seed: int, model: str
+    ) -> list[tuple[Answered, tuple[float, ...]]]:
+        """A sample of the servers' `model` for each prompt, and log q of each of its tokens."""
+        ends = (self._tokenizer.eos_token_id,)
+        sampling = Sampling(max_new_tokens, 1.0, stop_ids=ends, seed=seed, model=model, log_q=True)
+        found: dict[int, tuple[Answered, tuple[float, ...]]] = {}
+        questions = (Question(place, prompt.ids, draw=place) for place, prompt in enumerate(prompts))
+
+        def take(row: Row) -> None:
+            found[row.place] = self._answered(prompts[row.place], row), row.log_q
+
+        asyncio.run(_each(self._generator.rows(questions, sampling), take))
+        return [found[place] for place in range(len(prompts))]
+
     def tops(self, answers: Sequence[Answered], top_k: int) -> list[TopK]:
         """The likeliest tokens at the positions of each answer, in their order."""
         found: dict[int, TopK] = {}
@@ -283,7 +304,7 @@ def _beginning(question: Question) -> tuple[int, ...] | tuple[str, ...]:
 def _request(question: Question, sampling: Sampling, served: Served) -> tuple[str, dict[str, Any]]:
     """Every setting is named: vLLM takes those that are not from the model's generation_config.json."""
     body = {
-        "model": served.model,
+        "model": sampling.model or served.model,
         "max_tokens": sampling.max_new_tokens,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
@@ -295,6 +316,8 @@ def _request(question: Question, sampling: Sampling, served: Served) -> tuple[st
         "stop_token_ids": list(sampling.stop_ids),
         "return_token_ids": True,
     }
+    if sampling.log_q:
+        body["logprobs"] = 0
     if sampling.top_k:
         body |= log_probs.request(sampling.top_k, question.given)
     if sampling.temperature:
@@ -340,7 +363,7 @@ async def _post(replica: Replica, path: str, body: dict[str, Any]) -> dict[str, 
 def _rows(answer: dict[str, Any], question: Question, sampling: Sampling) -> list[Row]:
     try:
         choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-        rows = [_row(choice, question, sampling.top_k) for choice in choices]
+        rows = [_row(choice, question, sampling) for choice in choices]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise Failed(
             f"an answer lacks {error}; it must come with its token ids, as vLLM gives them"
@@ -352,11 +375,12 @@ def _rows(answer: dict[str, Any], question: Question, sampling: Sampling) -> lis
     return rows
 
 
-def _row(choice: dict[str, Any], question: Question, top_k: int) -> Row:
+def _row(choice: dict[str, Any], question: Question, sampling: Sampling) -> Row:
     ids, top = tuple(choice["token_ids"]), None
-    if top_k:
-        top = log_probs.read(choice, top_k, len(question.prompt), len(question.given or ids))
-    return Row(question.place, choice["index"], ids, _text(choice), choice["finish_reason"], top)
+    if sampling.top_k:
+        top = log_probs.read(choice, sampling.top_k, len(question.prompt), len(question.given or ids))
+    log_q = tuple(choice["logprobs"]["token_logprobs"]) if sampling.log_q else ()
+    return Row(question.place, choice["index"], ids, _text(choice), choice["finish_reason"], top, log_q)
 
 
 def _text(choice: dict[str, Any]) -> str:

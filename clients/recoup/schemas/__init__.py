@@ -61,6 +61,7 @@ if TYPE_CHECKING:
         RankCorrelation,
         Report,
         RewriteCounts,
+        RolloutReport,
         Sample,
         Splits,
         Stopped,
@@ -107,8 +108,8 @@ _MODULES = {
     "report": (
         "Alignment AlignmentPoint AlignmentState Baseline Checkpoint Choice Composition Cost CostEstimate "
         "DamageReport Estimate LayerDistance Measure OutputForm PhaseReport Provenance "
-        "RankCorrelation Report RewriteCounts Sample Splits Stopped TrainingPoint TrainingReport "
-        "Trajectory TriedRepair"
+        "RankCorrelation Report RewriteCounts RolloutReport Sample Splits Stopped TrainingPoint "
+        "TrainingReport Trajectory TriedRepair"
     ),
     "request": (
         "AlignmentSpec BuiltinPrompts ChangeRecovery ComposedPrompts CreateRecovery Damage DivergenceName "
@@ -195,6 +196,7 @@ __all__ = [
     "ReplicaStanding",
     "Report",
     "RewriteCounts",
+    "RolloutReport",
     "RolloutSpec",
     "Sample",
     "Splits",

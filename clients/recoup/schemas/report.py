@@ -161,6 +161,24 @@ class Trajectory(Output):
 Stopped = Literal["steps", "gap_closed", "regression", "plateau", "diverged"]
 
 
+class RolloutReport(Output):
+    """The student's own answers that servers drew, and how far these were from the student that learnt.
+
+    p is the student, q the server, both at the moment of drawing.
+    """
+
+    answers: int
+    tokens: int
+    mean_difference: float
+    """Mean |log p - log q| of the drawn tokens, nats."""
+    largest_difference: float
+    kl: float
+    """Estimate of KL(q‖p), nats a token."""
+    truncated: float
+    """Share of positions whose importance weight was cut to `cap`."""
+    cap: float
+
+
 class PhaseReport(Output):
     """One phase of training: answers of one origin, one objective."""
 
@@ -178,6 +196,8 @@ class PhaseReport(Output):
     seconds: float
     stopped: Stopped
     """`steps`: all planned steps were taken."""
+    rollouts: RolloutReport | None
+    """Null where no server drew answers of the student's."""
 
 
 class RewriteCounts(Output):
