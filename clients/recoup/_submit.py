@@ -64,6 +64,9 @@ def _asked(
         str | None,
         typer.Option(metavar=FILE, help="JSONL of general prompts, or an uploaded one; default: built in."),
     ] = None,
+    compose: Annotated[
+        int | None, typer.Option(help="Let the teacher write so many prompts itself instead.")
+    ] = None,
     keep: Annotated[
         str | None, typer.Option(metavar=FILE, help="JSONL of prompts of a skill to keep.")
     ] = None,
@@ -102,7 +105,10 @@ def _asked(
     taught = given(file=place_of(teach, "--teach"), held_out=place_of(held_out, "--held-out"))
     if teach is None and (teacher is None or held_out or match):
         raise typer.BadParameter("a recovery needs a teacher; --held-out and --match belong to --teach.")
+    if prompts is not None and compose is not None:
+        raise typer.BadParameter("--prompts gives them, --compose has them written: not both.")
     fields = given(
+        prompts=given(compose=compose),
         student={"source": student},
         teacher={"source": teacher or student},
         teach=_teach(taught, match, rehearse),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from recoup.schemas import BuiltinPrompts, File, FilePrompts, Prompt, TextRow
+from recoup.schemas import BuiltinPrompts, ComposedPrompts, File, FilePrompts, Prompt, TextRow
 from recoup_jobs import catalog
 from recoup_jobs.catalog import Also, NewFile
 from recoup_jobs.durable import CHUNK, sync_folder
@@ -24,6 +24,7 @@ from recoup_jobs.settings import Settings
 from recoup_jobs.tables import DEFAULT_TENANT
 
 MOST_BYTES = 512 << 20
+PromptSource = FilePrompts | BuiltinPrompts | ComposedPrompts
 BUILTIN = Path(__file__).with_name("builtin")
 
 
@@ -76,14 +77,19 @@ def file_path(settings: Settings, id: str) -> Path:
     return settings.files_dir / f"{id}.jsonl"
 
 
-def load_prompts(ledger: Ledger, settings: Settings, source: FilePrompts | BuiltinPrompts) -> list[Prompt]:
+def load_prompts(ledger: Ledger, settings: Settings, source: PromptSource) -> list[Prompt]:
     return list(iter_prompts(ledger, settings, source))
 
 
 def iter_prompts(
-    ledger: Ledger, settings: Settings, source: FilePrompts | BuiltinPrompts, tenant: str | None = None
+    ledger: Ledger, settings: Settings, source: PromptSource, tenant: str | None = None
 ) -> Iterator[Prompt]:
-    """One at a time, for who needs only the first few; of this tenant or, for a worker, of anybody."""
+    """One at a time, for who needs only the first few; of this tenant or, for a worker, of anybody.
+
+    Of those that a teacher is to write there are none yet.
+    """
+    if isinstance(source, ComposedPrompts):
+        return
     for row in read_rows(_prompts_path(ledger, settings, source, tenant)):
         if not isinstance(row, TextRow):
             yield row.as_prompt()

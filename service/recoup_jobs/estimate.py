@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from recoup.schemas import Choice, CreateRecovery, Stage
+from recoup.schemas import Choice, ComposedPrompts, CreateRecovery, Stage
 from recoup_jobs.inspection import Model
 from recoup_jobs.weights import BITS_BY_DTYPE, TensorInfo
 
@@ -199,13 +199,19 @@ def need_of(
     learnt = held_to if request.teach and request.teach.rehearse else _answers(plan, "teacher")
     taught = min(amounts.rows, learnt) * request.generation.max_new_tokens
     reading = held + 4 * machine.logit_rows * student.vocabulary
-    learning = training + _activations(student, training, machine) + 4 * student.hidden * taught
+    learning = training + _activations(student, training, machine) + _kept_bytes(request, student) * taught
     return Need(
         work=work,
         memory_bytes=BASE_BYTES + max(reading, learning),
         least_memory_bytes=max(student.stored_bytes, teacher.stored_bytes, training // 2),
         disk_bytes=_disk(request, plan, student, trained, amounts),
     )
+
+
+def _kept_bytes(request: CreateRecovery, student: Sizes) -> int:
+    """A position of the teacher's, while the student learns: a hidden state, or ids and half floats."""
+    k = request.method.top_k
+    return 4 * student.hidden if k is None else 6 * k + 2
 
 
 def _work(request: CreateRecovery, plan: Planned, amounts: Amounts) -> dict[Stage, Work]:
@@ -226,7 +232,13 @@ def _work(request: CreateRecovery, plan: Planned, amounts: Amounts) -> dict[Stag
     sequences = steps * plan.batch_size * (2 if amounts.keep_rows or rehearsed else 1)
     shown = amounts.tested_rows(wanted.test_sequences)
     rolled = (_answers(plan, "student") + _answers(plan, "demonstrated")) * limit
-    return {
+    written = request.prompts
+    composed: dict[Stage, Work] = (
+        {"compose": Work(written.compose * written.max_tokens)}
+        if isinstance(written, ComposedPrompts)
+        else {}
+    )
+    return composed | {
         "diagnose": Work(
             (test + 2 * shown) * limit + 2 * probed, (3 * test + 2 * shown) * length + 2 * natural
         ),

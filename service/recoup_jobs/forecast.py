@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from recoup.schemas import (
     BuiltinPrompts,
     Choice,
+    ComposedPrompts,
     CostEstimate,
     CreateRecovery,
     Damage,
@@ -146,21 +147,31 @@ def _sizes(model: Model) -> Sizes:
 
 
 def _amounts(request: CreateRecovery, ledger: Ledger, settings: Settings) -> Amounts:
-    seen: list[Prompt] = []
-    for prompt in iter_prompts(ledger, settings, request.prompts):
-        seen.append(prompt)
-        if len(seen) == LOOKED_AT and isinstance(request.prompts, FilePrompts):
-            break
     teach = request.teach
-    letters = sum(len(message.content) for prompt in seen for message in prompt.messages)
+    if isinstance(request.prompts, ComposedPrompts):
+        rows, tokens = request.prompts.compose, TEMPLATE_TOKENS + request.prompts.max_tokens
+    else:
+        rows, tokens = _given(request.prompts, ledger, settings)
     return Amounts(
-        rows=len(seen) if isinstance(request.prompts, BuiltinPrompts) else _rows(ledger, request.prompts),
-        prompt_tokens=TEMPLATE_TOKENS + letters // (LETTERS_A_TOKEN * max(1, len(seen))),
+        rows=rows,
+        prompt_tokens=tokens,
         keep_rows=_rows(ledger, request.keep) if request.keep else 0,
         demonstrations=_rows(ledger, FilePrompts(file=teach.file)) if teach else 0,
         held_out=_rows(ledger, FilePrompts(file=teach.held_out)) if teach and teach.held_out else None,
         task_rows=tuple(_rows(ledger, FilePrompts(file=task.file)) for task in request.evaluation.tasks),
     )
+
+
+def _given(prompts: FilePrompts | BuiltinPrompts, ledger: Ledger, settings: Settings) -> tuple[int, int]:
+    """How many, and about how many tokens each."""
+    seen: list[Prompt] = []
+    for prompt in iter_prompts(ledger, settings, prompts):
+        seen.append(prompt)
+        if len(seen) == LOOKED_AT and isinstance(prompts, FilePrompts):
+            break
+    letters = sum(len(message.content) for prompt in seen for message in prompt.messages)
+    rows = len(seen) if isinstance(prompts, BuiltinPrompts) else _rows(ledger, prompts)
+    return rows, TEMPLATE_TOKENS + letters // (LETTERS_A_TOKEN * max(1, len(seen)))
 
 
 def _rows(ledger: Ledger, prompts: FilePrompts) -> int:

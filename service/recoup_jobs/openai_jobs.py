@@ -12,7 +12,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError
 
-from recoup.schemas import HANDED_OVER, CreateRecovery, Event, FilePrompts, ProblemItem, Recovery
+from recoup.schemas import (
+    HANDED_OVER,
+    BuiltinPrompts,
+    ComposedPrompts,
+    CreateRecovery,
+    Event,
+    FilePrompts,
+    ProblemItem,
+    Recovery,
+)
 from recoup.schemas.request import FileId, Input, MetadataKey, MetadataValue
 from recoup_jobs.errors import Unprocessable
 from recoup_jobs.findings import items_of
@@ -135,7 +144,13 @@ def as_job(recovery: Recovery, aliases: dict[str, Alias], tenant: str) -> dict[s
 def _training_file(asked: CreateRecovery) -> str:
     if asked.teach:
         return asked.teach.file
-    return asked.prompts.file if isinstance(asked.prompts, FilePrompts) else "builtin:general"
+    match asked.prompts:
+        case FilePrompts(file=id):
+            return id
+        case BuiltinPrompts(builtin=name):
+            return f"builtin:{name}"
+        case ComposedPrompts():
+            return "composed"
 
 
 def as_job_event(event: Event) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from recoup.schemas import (
     BuiltinPrompts,
+    ComposedPrompts,
     CreateRecovery,
     FilePrompts,
     Match,
@@ -20,7 +21,7 @@ from recoup.schemas import (
     TeachSpec,
 )
 from recoup.schemas.request import MODEL_KINDS, TEACHING_METHODS
-from recoup_jobs.datasets import iter_prompts, require_kind
+from recoup_jobs.datasets import PromptSource, iter_prompts, require_kind
 from recoup_jobs.errors import Unprocessable
 from recoup_jobs.estimate import machine_of, sizes_of
 from recoup_jobs.findings import Findings, refuse
@@ -38,6 +39,8 @@ FEWEST_PROMPTS = 48
 FEWEST_DEMONSTRATIONS, FEWEST_BESIDE, FEWEST_HELD_OUT = 24, 10, 10
 """Distinct ones of a skill: in one file that is split, or in two of which one is held out."""
 
+PROMPTS = {FilePrompts: "file", BuiltinPrompts: "builtin", ComposedPrompts: "compose"}
+"""The field that tells the kinds of `prompts` apart."""
 FROM_REFERENCES = frozenset({"sft", "rewrite_sft", "self_demonstration"})
 """Methods that learn from the reference answers of `prompts`, or of `teach`."""
 
@@ -54,7 +57,7 @@ class Shelf:
     tenant: str | None
     """Whose they must be; None: anybody's."""
 
-    def prompts(self, source: FilePrompts | BuiltinPrompts) -> Iterator[Prompt]:
+    def prompts(self, source: PromptSource) -> Iterator[Prompt]:
         return iter_prompts(self.ledger, self.settings, source, self.tenant)
 
     def require(self, source: FilePrompts, kind: RowKind) -> None:
@@ -111,6 +114,9 @@ def look(
         if model and model.tensors:
             with findings.at(pointer):
                 _require_a_machine(model, ledger, settings.queue)
+    if teacher and isinstance(request.prompts, ComposedPrompts):
+        with findings.at("/prompts/compose"):
+            _require_a_template(teacher)
     _check_data(findings, request, Shelf(ledger, settings, tenant))
     return Look(student, teacher, findings.items)
 
@@ -172,6 +178,15 @@ def _require_same_template(student: Model, teacher: Model) -> None:
         raise Unprocessable("chat_template_mismatch", message)
 
 
+def _require_a_template(teacher: Model) -> None:
+    if teacher.chat_template is None:
+        message = (
+            "the teacher has no chat template, so there is no place where it would speak as a user; give "
+            "`prompts` as a file"
+        )
+        raise Unprocessable("unsupported_request", message)
+
+
 def _require_a_machine(model: Model, ledger: Ledger, queue: str) -> None:
     """Some worker of this class can hold the weights; where none has told of itself, one may come."""
     needed = sizes_of(model, None, None).loaded_bytes(machine_of(queue))
@@ -214,7 +229,7 @@ def _check_layers(findings: Findings, request: CreateRecovery, student: Model) -
 
 
 def _check_data(findings: Findings, request: CreateRecovery, shelf: Shelf) -> None:
-    with findings.at("/prompts/builtin" if isinstance(request.prompts, BuiltinPrompts) else "/prompts/file"):
+    with findings.at(f"/prompts/{PROMPTS[type(request.prompts)]}"):
         if isinstance(request.prompts, FilePrompts):  # of the built-in ones there are enough
             _require_enough(shelf.prompts(request.prompts), FEWEST_PROMPTS, "prompts")
         if request.method.type in FROM_REFERENCES and request.teach is None:

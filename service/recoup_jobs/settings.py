@@ -66,6 +66,8 @@ class Settings(BaseSettings):
     """The server of that bucket, if it is not Amazon's: `https://host:port`."""
     vllm_urls: Annotated[list[str], NoDecode] = []
     """Servers of the same teacher, comma separated."""
+    rollout_urls: Annotated[list[str], NoDecode] = []
+    """vLLM servers of students, which answer for one that learns from its own answers, comma separated."""
     serve_urls: Annotated[list[str], NoDecode] = []
     """Servers of students, on which deployments are placed, comma separated; `unix:PATH` names a socket."""
     vllm_python: Path | None = None
@@ -131,7 +133,7 @@ class Settings(BaseSettings):
         files = SecretsSettingsSource(settings_cls, os.environ.get(f"{PREFIX}SECRETS_DIR") or None)
         return init_settings, env_settings, files
 
-    @field_validator("vllm_urls", "serve_urls", "model_roots", "gpus", mode="before")
+    @field_validator("vllm_urls", "rollout_urls", "serve_urls", "model_roots", "gpus", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         if not isinstance(value, str):

@@ -29,6 +29,8 @@ START_SECONDS = 1200.0
 """Loading tens of gigabytes and compiling take their time."""
 LOOK_SECONDS = 1.0
 CPU_KV_GIB = 2
+MAX_LOG_PROBS = 4096
+"""A position: the most that `method.top_k` may ask for; vLLM's own limit is 20."""
 HOW_TO = (
     "vLLM needs an environment of its own: make one by `deploy/vllm/environment.sh FOLDER` and set "
     "RECOUP_VLLM_PYTHON to FOLDER/bin/python."
@@ -97,6 +99,7 @@ def command(teacher: Teacher, build: Build) -> list[str]:
         "--served-model-name": teacher.model.name,
         "--host": teacher.host,
         "--port": str(teacher.port),
+        "--max-logprobs": str(MAX_LOG_PROBS),
     }
     if teacher.max_length:
         options["--max-model-len"] = str(teacher.max_length)

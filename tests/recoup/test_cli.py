@@ -174,6 +174,15 @@ def test_a_wrong_option_is_named_and_nothing_is_uploaded(run, service, tmp_path,
     assert service.seen == []
 
 
+def test_prompts_are_given_or_written_by_the_teacher_and_not_both(run, service, tmp_path):
+    (tmp_path / "general.jsonl").write_text('{"prompt": "a"}\n')
+    assert run(*SUBMIT, "--compose", 80).exit_code == 0
+    (sent,) = service.sent("POST", "/v1/recoveries")
+    assert json.loads(sent.body)["prompts"] == {"compose": 80}
+    result = run(*SUBMIT, "--compose", 80, "--prompts", tmp_path / "general.jsonl")
+    assert (result.exit_code, len(service.sent("POST", "/v1/recoveries"))) == (2, 1)
+
+
 @pytest.mark.parametrize(
     "arguments", [["submit"], ["sumbit"], [*SUBMIT, "--keep", "/no/such/file"], ["list", "--limit", "0"]]
 )

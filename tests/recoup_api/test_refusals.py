@@ -90,6 +90,8 @@ def test_prompts_that_were_never_uploaded(refusal, body):
         ({"prompts": {}}, "/prompts/file"),
         ({"prompts": {"file": "../x"}}, "/prompts/file"),
         ({"prompts": {"builtin": "other"}}, "/prompts/builtin"),
+        ({"prompts": {"compose": 79}}, "/prompts/compose"),
+        ({"prompts": {"compose": 80, "temperature": 0.0}}, "/prompts/temperature"),
         ({"metadata": {"k": 5}}, "/metadata/k"),
         ({"metadata": {"a/b~c": 5}}, "/metadata/a~1b~0c"),
         ({"metadata": {"k": "\x00"}}, "/metadata/k"),

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from recoup.schemas import Choice, TeachSpec
+from recoup.schemas import Choice, ComposedPrompts, TeachSpec
 from recoup_jobs.estimate import BASE_BYTES, CPU, Amounts, Sizes, machine_of, need_of, sizes_of
 from recoup_jobs.inspection import Model
 from recoup_jobs.weights import TensorInfo
@@ -79,6 +79,13 @@ def test_work_grows_with_steps_and_only_where_they_are_taken(need):
 def test_answers_are_no_more_than_there_are_prompts(need):
     many = need(Plan(phases=(Phase(steps=10_000),)))
     assert many.work["generate"].generated <= 256 * ROWS.rows
+
+
+def test_prompts_that_the_teacher_writes_are_generated_before_anything_else(need):
+    written = need(prompts=ComposedPrompts(compose=500, max_tokens=100))
+    assert next(iter(written.work)) == "compose"
+    assert written.work["compose"].generated == 50_000
+    assert written.tokens == need().tokens + 50_000
 
 
 def test_a_method_without_training_trains_nothing(need):

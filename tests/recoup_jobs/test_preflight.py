@@ -5,6 +5,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from recoup.schemas import (
+    ComposedPrompts,
     EvaluationSpec,
     FilePrompts,
     MethodSpec,
@@ -319,6 +320,19 @@ def test_a_method_that_learns_from_references_needs_one(findings, student, uploa
     assert findings(**wanted) == [("/method/type", "missing_reference")]
     assert findings(**wanted, prompts=upload(*bare)) == [("/method/type", "missing_reference")]
     assert findings(**wanted, prompts=upload(*bare, {"prompt": "1+1?", "completion": "2"})) == []
+
+
+def test_a_teacher_that_writes_the_prompts_needs_a_chat_template(findings, student, teacher):
+    written = ComposedPrompts(compose=80)
+    assert findings(prompts=written) == []
+    for folder in (student, teacher):
+        write_json(folder / "tokenizer_config.json", {})
+    assert findings(prompts=written) == [("/prompts/compose", "unsupported_request")]
+
+
+def test_prompts_that_the_teacher_writes_have_no_references(findings, student):
+    found = findings(prompts=ComposedPrompts(compose=80), method=MethodSpec(type="sft"))
+    assert found == [("/method/type", "missing_reference")]
 
 
 @pytest.fixture

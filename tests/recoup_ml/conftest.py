@@ -26,7 +26,7 @@ import transformers
 from matplotlib.figure import Figure
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from recoup.schemas import CreateRecovery, Message, Prompt, Stage
@@ -359,6 +359,7 @@ class Refusal(NamedTuple):
 
     status: int
     headers: Mapping[str, str] = MappingProxyType({})
+    words: str = "no"
 
 
 class CompletionsServer:
@@ -376,7 +377,13 @@ class CompletionsServer:
         self.models: list[dict[str, Any]] = [{"id": "teacher", "max_model_len": 4096}]
         self.healthy = True
         self.answer: Callable[[list[int], int], list[int]] = lambda ids, limit: [*ids[-4:], 2][:limit]
+        self.sample: Callable[[list[int], int], list[int]] | None = None
+        """Sampled answers, by the seed; none: as greedy ones."""
+        self.log_p: Callable[[list[int]], Tensor]
+        """Of the next token at each position of a sequence, [T, V]; nobody asks for it unless it is set."""
         self.reply: Callable[[dict[str, Any]], dict[str, Any] | bytes | Refusal] = lambda answer: answer
+        self.routes: dict[str, Callable[[dict[str, Any]], dict[str, Any] | bytes | Refusal]] = {}
+        """What else it answers, by path."""
         self._lock, self._port = threading.Lock(), 0
         self._connections: set[socket.socket] = set()
         self.live()
@@ -417,20 +424,45 @@ class CompletionsServer:
             self.busy += 1
             self.most_busy = max(self.busy, self.most_busy)
         try:
+            if route := self.routes.get(body["path"]):
+                return route(body)
             return self.reply(self._complete(body))
         finally:
             with self._lock:
                 self.busy -= 1
 
     def _complete(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The chosen tokens and, where `log_p` knows them, the log-probabilities that are asked for."""
         said = [message["content"] for message in body.get("messages", [])]
-        ids = self.answer(body.get("prompt") or [len(text) for text in said], body["max_tokens"])
+        ids = (
+            self.sample(body["prompt"], body["seed"])
+            if self.sample and "seed" in body
+            else self.answer(body.get("prompt") or [len(text) for text in said], body["max_tokens"])
+        )
         text = {"message": {"content": " ".join(said)}} if said else {"text": ""}
         finish = "stop" if ids[-1] == 2 else "length"
         choices = [
             {"index": index, "token_ids": ids, "finish_reason": finish} | text for index in range(body["n"])
         ]
+        if "logprobs" in body:
+            told = self._told([*body["prompt"], *ids], body["logprobs"])
+            scored = [None, *({str(i): {"logprob": p} for i, p in place.items()} for place in told)]
+            top = [{f"token_id:{i}": p for i, p in place.items()} for place in told[-len(ids) :]]
+            for choice in choices:
+                choice |= {"logprobs": {"top_logprobs": top}}
+                if "prompt_logprobs" in body:
+                    choice["prompt_logprobs"] = scored[: len(body["prompt"])]
         return {"choices": random.Random(0).sample(choices, len(choices))}
+
+    def _told(self, ids: list[int], k: int) -> list[dict[int, float]]:
+        """For each token but the first: its own log-probability and those of the `k` likeliest."""
+        log_p_TV = self.log_p(ids)
+        best = log_p_TV.topk(k)
+        rows = zip(ids[1:], log_p_TV, best.indices.tolist(), best.values.tolist(), strict=False)
+        return [
+            {token: float(log_p_V[token])} | dict(zip(likely, values, strict=True))
+            for token, log_p_V, likely, values in rows
+        ]
 
 
 class _Listener(ThreadingHTTPServer):
@@ -469,8 +501,9 @@ class _Upstream(BaseHTTPRequestHandler):
         self._send(self.upstream.respond(body | {"path": self.path}))
 
     def _send(self, reply: dict[str, Any] | bytes | Refusal) -> None:
-        status, headers = reply if isinstance(reply, Refusal) else (200, {})
-        told = {"error": "no"} if isinstance(reply, Refusal) else reply
+        refused = isinstance(reply, Refusal)
+        status, headers = (reply.status, reply.headers) if refused else (200, {})
+        told = {"error": reply.words} if refused else reply
         content = told if isinstance(told, bytes) else json.dumps(told).encode()
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(content))}.items():
@@ -486,6 +519,24 @@ def server() -> Iterator[CompletionsServer]:
     running = CompletionsServer()
     yield running
     running.die()
+
+
+@pytest.fixture
+def author(
+    server: CompletionsServer, tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt]
+) -> CompletionsServer:
+    """A server of a teacher that says, as a user, one of the tests' prompts or, one time in four, a word."""
+    (opening,) = tokenizer("<|user|>", add_special_tokens=False)["input_ids"]
+    texts = [prompt.messages[0].content for prompt in prompts]
+
+    def say(ids: list[int], seed: int) -> list[int]:
+        assert ids == [opening]
+        draw = random.Random(seed)
+        text = draw.choice(texts) if draw.random() < 0.75 else "red"
+        return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+    server.sample = say
+    return server
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Whole recoveries of a tiny model: every outcome, what is handed over, and what a crash costs."""
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,12 +21,14 @@ from recoup.schemas import (
     Outcome,
     ProbeRow,
     Prompt,
+    PromptRow,
     Report,
     TaskSpec,
+    TrainingReport,
 )
 from recoup_jobs.effect import verdict as verdict_of
 from recoup_jobs.publication import weights_sha256
-from recoup_ml import diagnose, models, verdict
+from recoup_ml import diagnose, models, tops, verdict
 from recoup_ml.errors import EmptyDataset, RecoveryError
 from recoup_ml.generate import LocalEngine
 from recoup_ml.recipe import recover
@@ -446,6 +449,89 @@ def test_a_server_that_serves_the_teacher_is_as_good_as_the_teacher_itself(
     for given in ("diagnose/test.jsonl", "generate/train.jsonl", "generate/validation.jsonl"):
         assert (found.journal.place / given).read_text() == (forgetful.journal.place / given).read_text()
     assert found.report.recovered.value == pytest.approx(forgetful.report.recovered.value, abs=0.01)
+
+
+@pytest.fixture
+def serving(server: Any, healthy: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Any:
+    """A server of the teacher that tells its log-probabilities."""
+    engine = LocalEngine(healthy, tokenizer)
+    blank = Prompt(messages=[Message(role="user", content="?")])
+
+    @torch.inference_mode()
+    def log_p(ids: list[int]) -> torch.Tensor:
+        return healthy(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+
+    server.log_p = log_p
+    server.answer = lambda ids, limit: list(
+        engine.answer([Encoded(blank, tuple(ids))], limit, lambda _done: None)[0].answer_ids
+    )
+    return server
+
+
+def test_the_teachers_top_is_the_same_from_its_server(
+    serving: Any, make_run: Callable[..., Run], open_journal: type, tmp_path: Path
+) -> None:
+    run = make_run("finetuned", method={"top_k": 16}, training={"steps": 4})
+    found = []
+    for name, urls in (("local", ()), ("served", (serving.url,))):
+        with pytest.raises(ConnectionResetError):
+            recover(replace(run, vllm_urls=urls), open_journal(tmp_path / name, breaks_in="distil"))
+        place = tmp_path / name / "generate"
+        found.append(((place / "train.jsonl").read_text(), tops.read(place / "train.safetensors")))
+    (texts, local), (same_texts, served) = found
+    assert texts == same_texts
+    for mine, theirs in zip(local, served, strict=True):
+        assert mine.ids_NK[:, 0].tolist() == theirs.ids_NK[:, 0].tolist()
+        torch.testing.assert_close(mine.log_p_NK, theirs.log_p_NK, rtol=2e-3, atol=1e-4)
+    told = [body for body in serving.bodies if "logprobs" in body]
+    assert len(told) == len(served)
+    assert not any("prompt_logprobs" in body for body in told)
+
+
+def test_a_teacher_whose_servers_score_the_students_answers_is_not_beside_it(
+    serving: Any, teacher: Path, make_run: Callable[..., Run], open_journal: type, tmp_path: Path
+) -> None:
+    """Its weights are taken away before training begins."""
+    shutil.copytree(teacher, tmp_path / "teacher")
+    asked = make_run(
+        "finetuned",
+        method={"type": "on_policy", "top_k": 16},
+        training={"steps": 8},
+        evaluation=LENIENT["evaluation"] | {"baselines": False},
+    )
+    run = replace(asked, teacher=tmp_path / "teacher", vllm_urls=(serving.url,))
+    with pytest.raises(ConnectionResetError):
+        recover(run, open_journal(tmp_path, breaks_in="distil"))
+    (tmp_path / "teacher" / "model.safetensors").unlink()
+    serving.bodies.clear()
+    with pytest.raises(ConnectionResetError):
+        recover(run, open_journal(tmp_path, breaks_in="evaluate"))
+    report = TrainingReport.model_validate_json((tmp_path / "distil" / "training.json").read_text())
+    assert min(point.validation_kl for point in report.checkpoints) < report.initial_validation_kl
+    assert len(serving.bodies) == 8 * report.batch_size
+    assert all(body["prompt_logprobs"] == 16 for body in serving.bodies)
+
+
+def test_prompts_that_the_teacher_wrote_are_divided_like_any_others_and_handed_over(
+    author: Any, make_run: Callable[..., Run], open_journal: type, tmp_path: Path
+) -> None:
+    """A server writes them; then the teacher itself answers, for the server would not answer as it does."""
+    asked = make_run("finetuned", prompts={"compose": 120}, training={"steps": 4})
+    run = replace(asked, prompts=[])
+    with pytest.raises(ConnectionResetError):
+        recover(replace(run, vllm_urls=(author.url,)), open_journal(tmp_path, breaks_in="diagnose"))
+    found = finished(run, open_journal(tmp_path))
+    splits = found.report.splits
+    assert splits.composed.kept == 120 == splits.train + splits.validation + splits.test
+    assert (splits.duplicates_dropped, splits.test_kinds) == (0, [])
+    assert found.report.cost.tokens_generated > splits.composed.tokens > 0
+    assert "120 prompts, of" in found.journal.published["report.html"].read_text("utf-8")
+    lines = found.journal.published["composed.jsonl"].read_text("utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert {PromptRow.model_validate(row).prompt for row in rows} <= {
+        prompt.messages[0].content for prompt in asked.prompts
+    }
+    assert len(rows) == 120
 
 
 def test_a_server_that_serves_another_model_is_refused(

@@ -68,6 +68,7 @@ def trained(plan: Plan, mode: str, keep: int = 0, started_from: str = "student",
             tokens=1,
             seconds=1.0,
             stopped="steps",
+            rollouts=None,
         )
         for phase in plan.phases
     ]

@@ -141,13 +141,38 @@ def test_a_tail_too_small_for_one_minus_the_rest_still_counts(divergence: Diverg
 @every_divergence
 def test_a_teacher_that_left_nothing_to_the_tail_gives_finite_values(divergence: Divergence) -> None:
     """Rounded log-probabilities of an inference server can add up to more than one."""
-    target = TopK(torch.tensor([[0, 1]]), torch.tensor([[math.log(0.75), math.log(0.2500001)]]))
+    target = TopK.given(torch.tensor([[0, 1]]), torch.tensor([[math.log(0.75), math.log(0.2500001)]]))
     student_NV = torch.zeros(1, 9, requires_grad=True)
     loss_N = target.loss(divergence, student_NV)
     (slope_NV,) = torch.autograd.grad(loss_N.sum(), student_NV)
     assert torch.isfinite(loss_N).all()
     assert (loss_N > 0).all()
     assert torch.isfinite(slope_NV).all()
+
+
+@every_divergence
+def test_what_is_kept_of_the_top_is_the_top_within_the_rounding_of_half_floats(
+    divergence: Divergence, draw: torch.Generator
+) -> None:
+    """Of ids that need 17 bits, and of a teacher so sure that a tail of 1 - Σ p would be noise."""
+    sure_NV, student_NV = 4 * torch.randn(2, POSITIONS, 70_000, generator=draw)
+    sure_NV[:, -1] = 20.0
+    whole = TopK.of(sure_NV, 16, divergence.temperature)
+    kept = whole.compact()
+    assert (kept.ids_NK.dtype, kept.log_p_NK.dtype, kept.log_rest_N.dtype) == (
+        *(torch.int32, torch.float16, torch.float16),
+    )
+    assert torch.equal(kept.ids_NK.long(), whole.ids_NK)
+    torch.testing.assert_close(
+        kept.loss(divergence, student_NV), whole.loss(divergence, student_NV), rtol=1e-3, atol=1e-4
+    )
+    assert kept.loss(divergence, sure_NV).abs().max() < 1e-6
+
+
+def test_ids_that_fit_are_kept_in_16_bits(pair: Tensor) -> None:
+    kept = TopK.of(pair[0], 4).compact()
+    assert kept.ids_NK.dtype == torch.uint16
+    assert sum(tensor.nbytes for tensor in vars(kept).values()) == POSITIONS * (4 * (2 + 2) + 2)
 
 
 def test_a_token_is_forward_kl_from_a_teacher_who_is_sure_of_it(pair: Tensor) -> None:

@@ -15,6 +15,7 @@ from recoup.schemas import ChatRow, Checkpoint, TrainingPoint, TrainingReport
 from recoup_ml import models
 from recoup_ml.generate import LocalEngine
 from recoup_ml.lessons import FixedCourse, Lesson, distributions, texts
+from recoup_ml.mismatch import weights
 from recoup_ml.objective import Divergence
 from recoup_ml.observation import observe
 from recoup_ml.plan import Phase, Plan, Trainable
@@ -271,6 +272,25 @@ def test_however_a_batch_is_cut_the_gradient_is_the_same(
     learn(model, lessons[kind], divergence, PIECES[pieces](chosen.answers))
     for parameter, right in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, right, rtol=1e-3, atol=1e-6)
+
+
+def test_answers_that_a_server_drew_count_by_their_importance_weights(
+    student: Student, lesson: Lesson
+) -> None:
+    chosen = lesson.rows([3, 17, 0])
+    drawn = [
+        replace(answer, drift=tuple(0.1 * (place - row) for place in range(len(answer.answer_ids))))
+        for row, answer in enumerate(chosen.answers)
+    ]
+    model = models.load(student("finetuned"))
+    seen = observe(model, drawn, 0)
+    loss = sum(
+        float(torch.tensor(weights(answer.drift)) @ target.loss(Divergence(), seen.head(hidden_ND)))
+        for answer, target, hidden_ND in zip(drawn, chosen.targets, seen.hidden, strict=True)
+    )
+    found = learn(model, replace(chosen, answers=drawn), Divergence(), PIECES["one pack"](drawn))
+    assert found == pytest.approx(loss / chosen.positions, rel=1e-5)
+    assert found != pytest.approx(learn(model, chosen, Divergence(), PIECES["one pack"](drawn)), rel=1e-3)
 
 
 @MODES

@@ -7,14 +7,20 @@ in `test_replicas.py`.
 import asyncio
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from transformers import PreTrainedTokenizerFast
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from recoup.schemas import Message, Prompt
-from recoup_ml.errors import TeacherContextTooShort, TeacherUnavailable
-from recoup_ml.sequences import Encoded, encode
+from recoup_ml.errors import TeacherContextTooShort, TeacherLogProbsTooFew, TeacherUnavailable
+from recoup_ml.generate import LocalEngine
+from recoup_ml.lessons import distributions
+from recoup_ml.observation import observe
+from recoup_ml.sequences import Answered, Encoded, encode
+from recoup_ml.targets import TopK
 from recoup_ml.vllm_engine import LOOKAHEAD, Generator, Patience, Question, Row, Sampling, VllmEngine
 from recoup_ml.window import FIRST
 
@@ -195,6 +201,102 @@ def test_a_request_that_the_server_will_never_take_is_not_repeated(
     with pytest.raises(TeacherUnavailable, match=f"does not answer /v1/completions: {status}"):
         rows_of(Generator([server.url], HASTY), [Question(0, (1, 2))], Sampling(4))
     assert len(server.bodies) == 1
+
+
+@pytest.fixture
+def knowing(server: Any, healthy: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Any:
+    """A server that answers as the teacher does, and tells its log-probabilities."""
+    engine = LocalEngine(healthy, tokenizer)
+    blank = Prompt(messages=[Message(role="user", content="?")])
+
+    @torch.inference_mode()
+    def log_p(ids: list[int]) -> torch.Tensor:
+        return healthy(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+
+    server.log_p = log_p
+    server.answer = lambda ids, limit: list(
+        engine.answer([Encoded(blank, tuple(ids))], limit, ignore)[0].answer_ids
+    )
+    return server
+
+
+def of_the_teacher(healthy: PreTrainedModel, answers: list[Answered], k: int) -> list[TopK]:
+    return distributions(answers, observe(healthy, answers, 0), k, 1.0).targets
+
+
+def assert_same(found: list[TopK], expected: list[TopK]) -> None:
+    assert len(found) == len(expected) > 0
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.ids_NK.tolist() == theirs.ids_NK.tolist()
+        torch.testing.assert_close(mine.log_p_NK, theirs.log_p_NK, rtol=2e-3, atol=1e-4)
+        assert mine.log_rest_N.dtype == torch.float16
+        torch.testing.assert_close(
+            mine.log_rest_N.float().exp(), theirs.log_rest_N.float().exp(), rtol=1e-2, atol=1e-6
+        )
+
+
+def test_what_is_likely_comes_with_the_answers(
+    knowing: Any, healthy: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, asked: list[Encoded]
+) -> None:
+    found: dict[int, tuple[Answered, TopK]] = {}
+    VllmEngine([knowing.url], tokenizer).each(
+        asked[:9], LIMIT, 6, lambda place, answer, top: found.update({place: (answer, top)})
+    )
+    answers = [found[place][0] for place in range(9)]
+    assert_same([found[place][1] for place in range(9)], of_the_teacher(healthy, answers, 6))
+    assert all(body["logprobs"] == 6 and "prompt_logprobs" not in body for body in knowing.bodies)
+
+
+def test_a_given_answer_is_scored_at_every_position_in_one_request_no_longer_than_it(
+    knowing: Any, healthy: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, answered: list[Answered]
+) -> None:
+    """Answers that the teacher would not give: their tokens are told too, and are not its top."""
+    given = [replace(item, answer_ids=item.answer_ids[::-1]) for item in answered[:9]]
+    given.append(replace(answered[9], answer_ids=answered[9].answer_ids[:1]))
+    assert_same(VllmEngine([knowing.url], tokenizer).tops(given, 6), of_the_teacher(healthy, given, 6))
+    asked = sorted(len(body["prompt"]) + body["max_tokens"] for body in knowing.bodies)
+    assert asked == sorted(map(len, given))
+
+
+def test_no_more_is_asked_for_than_there_are_tokens(
+    knowing: Any, tokenizer: PreTrainedTokenizerFast, answered: list[Answered]
+) -> None:
+    (top,) = VllmEngine([knowing.url], tokenizer).tops(answered[:1], 4096)
+    assert top.ids_NK.shape[-1] == knowing.bodies[0]["logprobs"] == len(tokenizer)
+
+
+def test_a_server_that_tells_too_few_is_an_error_that_says_what_to_do(
+    server: Any, tokenizer: PreTrainedTokenizerFast, answered: list[Answered], refusal: type
+) -> None:
+    words = "Requested prompt logprobs of 64, which is greater than max allowed: 20"
+    server.reply = lambda _: refusal(400, words=words)
+    server.log_p = lambda ids: torch.zeros(len(ids), 99)
+    with pytest.raises(TeacherLogProbsTooFew, match=r"does not tell 64 log-prob.*--max-logprobs"):
+        VllmEngine([server.url], tokenizer, HASTY).tops(answered[:1], 64)
+    assert len(server.bodies) == 1
+
+
+@pytest.mark.parametrize(
+    ("edit", "sentence"),
+    [
+        (lambda choice: choice["logprobs"]["top_logprobs"].pop(), "0 positions of 1"),
+        (lambda choice: choice.pop("logprobs"), "lacks 'logprobs'"),
+        (lambda choice: choice["logprobs"]["top_logprobs"][0].popitem(), "5 at a position where 6"),
+    ],
+    ids=["a position less", "none at all", "a token less"],
+)
+def test_an_answer_without_all_of_its_log_probabilities_is_asked_for_again(
+    edit: Callable[[dict[str, Any]], None],
+    sentence: str,
+    knowing: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    answered: list[Answered],
+) -> None:
+    knowing.reply = edited(lambda answer: edit(answer["choices"][0]))
+    sure = replace(answered[0], answer_ids=answered[0].answer_ids[:1])  # its token is the likeliest
+    with pytest.raises(TeacherUnavailable, match=sentence):
+        VllmEngine([knowing.url], tokenizer, HASTY).tops([sure], 6)
+    assert len(knowing.bodies) == HASTY.tries
 
 
 def test_a_server_without_a_model_is_an_unavailable_teacher(

@@ -5,6 +5,8 @@ key, so recoveries of one teacher share what it said, and one that was killed as
 first answer that is missing. Rows are appended in one transaction, which SQLite has on the disk
 when `append` returns: after a crash an answer is there whole or not at all, and never twice.
 
+Beside an answer the teacher's likeliest tokens at its positions may be kept, as `tops.py` packs them.
+
 This is for answers of a server. What a model in this process answers depends, in its last
 bits, on what else stood in its batch; `kept_batches.py` keeps those.
 """
@@ -21,7 +23,10 @@ from pathlib import Path
 FILE = "answers.db"
 WAIT_SECONDS = 60.0
 """For other processes that are appending."""
-SCHEMA = "CREATE TABLE IF NOT EXISTS answers (key BLOB PRIMARY KEY, ids BLOB NOT NULL, finish TEXT NOT NULL)"
+SCHEMA = (
+    "CREATE TABLE IF NOT EXISTS answers (key BLOB PRIMARY KEY, ids BLOB NOT NULL, finish TEXT NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS tops (key BLOB PRIMARY KEY, top BLOB NOT NULL)",
+)
 
 
 @dataclass(frozen=True)
@@ -35,9 +40,9 @@ class Manner:
     template: str = ""
     """Of a wrapping that leaves no trace in the prompt's tokens; a chat template does."""
 
-    def key(self, prompt_ids: Sequence[int]) -> str:
-        """The key of the answer to these tokens, 64 hex digits."""
-        asked = [self.weights, self.template, dict(self.sampling), list(prompt_ids)]
+    def key(self, prompt_ids: Sequence[int], *given: Sequence[int]) -> str:
+        """The key of the answer to these tokens, 64 hex digits; of what is said of one that is `given`."""
+        asked = [self.weights, self.template, dict(self.sampling), list(prompt_ids), *map(list, given)]
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
@@ -64,7 +69,8 @@ class AnswerCache:
         self._rows = sqlite3.connect(folder / FILE, timeout=WAIT_SECONDS, check_same_thread=False)
         self._rows.execute("PRAGMA synchronous = FULL")
         with self._rows:
-            self._rows.execute(SCHEMA)
+            for table in SCHEMA:
+                self._rows.execute(table)
 
     def __enter__(self) -> "AnswerCache":
         return self
@@ -87,6 +93,17 @@ class AnswerCache:
         values = [(bytes.fromhex(row.key), array("i", row.answer_ids).tobytes(), row.finish) for row in rows]
         with self._turn, self._rows:
             self._rows.executemany("INSERT OR IGNORE INTO answers VALUES (?, ?, ?)", values)
+
+    def get_top(self, key: str) -> bytes | None:
+        with self._turn:
+            row = self._rows.execute("SELECT top FROM tops WHERE key = ?", (bytes.fromhex(key),)).fetchone()
+        return row and row[0]
+
+    def append_tops(self, tops: Iterable[tuple[str, bytes]]) -> None:
+        """Keys and what belongs to them, like `append`."""
+        values = [(bytes.fromhex(key), top) for key, top in tops]
+        with self._turn, self._rows:
+            self._rows.executemany("INSERT OR IGNORE INTO tops VALUES (?, ?)", values)
 
     def close(self) -> None:
         with self._turn:

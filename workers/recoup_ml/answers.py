@@ -3,9 +3,10 @@
 The teacher answers training and validation prompts, or rewrites their reference answers; the
 student, as it is, answers the prompts of `keep`, so that it can be held to its own distribution
 there (a dual teacher). A student that is taught a skill learns from demonstrations; general prompts
-are among what it is to keep. With each answer the last hidden states of who gave it are kept: no
-teacher is in memory while the student learns from them. Only as many prompts are answered as
-the plan will use.
+are among what it is to keep. With each answer the last hidden states of who gave it are kept, or, with
+`method.top_k`, of training answers what the teacher held likeliest (`tops.py`), which its servers tell
+themselves: no teacher is in memory while the student learns from them. Only as many prompts are answered
+as the plan will use.
 
 No answer is made twice: those of a model in this process are kept batch by batch until the stage
 is done, those of a server in a cache that recoveries share. Servers are asked for everything before a
@@ -21,12 +22,12 @@ from typing import Literal
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recoup.schemas import Prompt, RewriteCounts
-from recoup_ml import diagnose, durable, models, results, skill
+from recoup_ml import diagnose, durable, models, results, skill, tops
 from recoup_ml.cached_engine import CachedEngine
 from recoup_ml.errors import EmptyDataset
 from recoup_ml.generate import Engine, LocalEngine, require_an_end, usable
 from recoup_ml.kept_batches import KeptBatches
-from recoup_ml.lessons import Lesson, distributions, texts
+from recoup_ml.lessons import Lesson, distributions, likeliest, texts
 from recoup_ml.observation import Observation, observe
 from recoup_ml.plan import Plan, make_plan
 from recoup_ml.probe import KEPT, keep_tokens
@@ -34,6 +35,7 @@ from recoup_ml.rewrite import Rewritten, demonstrated, rewriting, settle
 from recoup_ml.run import Counter, Done, Journal, Run
 from recoup_ml.sequences import Answered, Encoded, encode, read_jsonl, with_answer, write_jsonl
 from recoup_ml.splits import Split, split_keep
+from recoup_ml.targets import TopK
 from recoup_ml.turns import served
 from recoup_ml.vllm_engine import VllmEngine
 from recoup_ml.weights import sha256
@@ -43,7 +45,8 @@ CALIBRATION = 64
 ROOM = 2
 """A rewrite may be this many times as long as an answer."""
 
-Part = Literal["train", "validation", "keep"]
+Seen = Literal["validation", "keep"]
+"""Parts whose giver is always observed."""
 
 
 def generate(run: Run, journal: Journal, done: Done, folder: Path) -> None:
@@ -63,10 +66,13 @@ def generate(run: Run, journal: Journal, done: Done, folder: Path) -> None:
     limit = run.request.generation.max_new_tokens
     unfinished = folder / durable.UNFINISHED
     asked = encode([question for _, question in rewritten], tokenizer, run.request.training.max_length)
-    first, part = (keep, "keep") if run.teaches else (train, "train")  # a healthy student is its own teacher
+    first = keep if run.teaches else train  # a healthy student is its own teacher
     questions = Questions(first, validation, asked)
-    teacher = _teacher(run, journal, tokenizer, unfinished, questions, counter)
-    answers = _answer(teacher, first, limit, folder / part, counter) if first or not run.teaches else []
+    teacher = _teacher(run, plan, journal, tokenizer, unfinished, questions, counter)
+    if run.teaches:
+        answers = _answer(teacher, keep, limit, folder / "keep", counter) if keep else []
+    else:
+        answers = _teach(teacher, train, limit, plan, folder / "train", counter)
     answers += _answer(teacher, validation, limit, folder / "validation", counter)
     if rewritten:
         _rewrite(run, teacher, rewritten, tokenizer, folder, counter)
@@ -85,7 +91,12 @@ def read_plan(done: Done) -> Plan:
     return results.read(done["generate"] / "plan.json", Plan)
 
 
-def answered(done: Done, part: Part) -> tuple[list[Answered], Observation]:
+def training_answers(done: Done) -> list[Answered]:
+    """The teacher's answers to training prompts."""
+    return read_jsonl(done["generate"] / "train.jsonl")
+
+
+def answered(done: Done, part: Seen) -> tuple[list[Answered], Observation]:
     """The answers of one part, and their giver as observed on them."""
     place = done["generate"] / part
     return read_jsonl(place.with_suffix(".jsonl")), Observation.load(place.with_suffix(".safetensors"))
@@ -93,7 +104,11 @@ def answered(done: Done, part: Part) -> tuple[list[Answered], Observation]:
 
 def taught(done: Done, plan: Plan) -> Lesson:
     """The lesson on the teacher's distributions."""
-    return distributions(*answered(done, "train"), plan.top_k, plan.divergence.temperature)
+    place = done["generate"] / "train.safetensors"
+    if plan.top_k is not None:
+        return Lesson(training_answers(done), tops.read(place))
+    seen = Observation.load(place)
+    return distributions(training_answers(done), seen, None, plan.divergence.temperature)
 
 
 def has_keep(done: Done) -> bool:
@@ -185,12 +200,22 @@ class Speaker:
         local = isinstance(self.engine, LocalEngine)
         return self.engine.answer(prompts, limit, counter.part(len(prompts)) if local else _counted)
 
+    def teach(
+        self, prompts: Sequence[Encoded], limit: int, top_k: int, temperature: float, counter: Counter
+    ) -> tuple[list[Answered], list[TopK]]:
+        """The usable answers, and the giver's likeliest tokens; servers know those at temperature 1."""
+        if isinstance(self.engine, CachedEngine) and temperature == 1:
+            return self.engine.taught(prompts, limit, top_k, _counted)
+        answers, seen = self.speak(prompts, limit, counter)
+        return answers, likeliest(seen, top_k, temperature)
+
 
 def _counted(_done: int) -> None: ...
 
 
 def _teacher(
     run: Run,
+    plan: Plan,
     journal: Journal,
     tokenizer: PreTrainedTokenizerBase,
     unfinished: Path,
@@ -201,7 +226,7 @@ def _teacher(
     engine: Engine
     if run.vllm_urls:
         with served(run, journal):
-            engine = _ask(run, tokenizer, run.answers or unfinished / "answers", questions, counter)
+            engine = _ask(run, plan, tokenizer, run.answers or unfinished / "answers", questions, counter)
         model = models.load(run.teacher)
     else:
         model = models.load(run.teacher)
@@ -210,7 +235,12 @@ def _teacher(
 
 
 def _ask(
-    run: Run, tokenizer: PreTrainedTokenizerBase, cache: Path, questions: Questions, counter: Counter
+    run: Run,
+    plan: Plan,
+    tokenizer: PreTrainedTokenizerBase,
+    cache: Path,
+    questions: Questions,
+    counter: Counter,
 ) -> CachedEngine:
     """Has servers answer everything; an engine that knows the answers.
 
@@ -219,7 +249,11 @@ def _ask(
     """
     limit = run.request.generation.max_new_tokens
     engine = CachedEngine(VllmEngine(run.vllm_urls, tokenizer), cache, sha256(run.teacher), tokenizer)
-    answers = engine.answer(questions.train, limit, counter.part(len(questions.train)))
+    tick = counter.part(len(questions.train))
+    if run.teaches or plan.top_k is None or plan.divergence.temperature != 1:
+        answers = engine.answer(questions.train, limit, tick)
+    else:  # of each thing that is told of twice as many one is counted
+        answers, _ = engine.taught(questions.train, limit, plan.top_k, lambda done: tick(done // 2))
     if tokenizer.chat_template is not None:  # without one it continues texts
         require_an_end(answers, limit)
     engine.answer(questions.validation, limit, counter.part(len(questions.validation)))
@@ -241,6 +275,18 @@ def _answer(
     answers, seen = speaker.speak(prompts, limit, counter)
     write_jsonl(place.with_suffix(".jsonl"), answers)
     seen.save(place.with_suffix(".safetensors"))
+    return answers
+
+
+def _teach(
+    speaker: Speaker, prompts: Sequence[Encoded], limit: int, plan: Plan, place: Path, counter: Counter
+) -> list[Answered]:
+    """As `_answer`, but with `method.top_k` only the likeliest tokens are kept."""
+    if plan.top_k is None or not prompts:
+        return _answer(speaker, prompts, limit, place, counter)
+    answers, found = speaker.teach(prompts, limit, plan.top_k, plan.divergence.temperature, counter)
+    write_jsonl(place.with_suffix(".jsonl"), answers)
+    tops.write(place.with_suffix(".safetensors"), found)
     return answers
 
 

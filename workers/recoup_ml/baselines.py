@@ -91,7 +91,7 @@ def _try_all(run: Run, journal: Journal, done: Done) -> Trials:
     plan = answers.read_plan(done)
     pad_id = models.pad_id(models.load_tokenizer(run.teacher))
 
-    def distance(part: answers.Part, model: PreTrainedModel) -> float:
+    def distance(part: answers.Seen, model: PreTrainedModel) -> float:
         given, giver = answers.answered(done, part)
         return compare(giver, observe(model, given, pad_id), given).mean_kl
 
@@ -188,5 +188,5 @@ def _candidates(run: Run, plan: Plan) -> list[Repair]:
 
 
 def _calibration(run: Run, done: Done) -> tuple[list[answers.Answered], int]:
-    given, _ = answers.answered(done, "train")
+    given = answers.training_answers(done)
     return given[: answers.CALIBRATION], models.pad_id(models.load_tokenizer(run.teacher))

@@ -14,8 +14,8 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from recoup.schemas import Splits
-from recoup_ml import damage, measures, models, results, skill, verdict
+from recoup.schemas import Composition, Splits
+from recoup_ml import compose, damage, measures, models, results, skill, verdict
 from recoup_ml.alignment import GROUPS, Positions, choose_positions
 from recoup_ml.errors import EmptyDataset, NonFiniteWeights, TeacherMismatch
 from recoup_ml.generate import LocalEngine, Tick, usable
@@ -35,7 +35,7 @@ MIN_GREEDY = 0.9
 """Share of a server's greedy tokens that must be the teacher's own; rounding and ties cost a few."""
 
 
-def diagnose(run: Run, journal: Journal, _done: Done, folder: Path) -> None:
+def diagnose(run: Run, journal: Journal, done: Done, folder: Path) -> None:
     """Fills `folder` with the diagnosis, the test answers and the states that alignment compares."""
     tokenizer = models.load_tokenizer(run.teacher)
     parts = split_prompts(run)
@@ -59,16 +59,18 @@ def diagnose(run: Run, journal: Journal, _done: Done, folder: Path) -> None:
     if asked:
         skill.measure_untaught(run, student, asked, counter, folder)
     deficits = measures.deficits(probe.tasks, teacher, before, run.request.seed)
+    composed = compose.composition(done)
     results.write(
         folder / "diagnosis.json",
         Diagnosis(
             damage=found,
-            splits=_splits(parts, len(exam.test), tokenizer, run.prompt_tokens),
+            splits=_splits(parts, len(exam.test), tokenizer, run.prompt_tokens, composed),
             needed=run.teaches or not verdict.not_needed(before.scores.mean_kl, floor.mean_kl, deficits),
             teacher=teacher,
             floor=floor,
             before=before,
-            tokens_generated=sum(len(answer.answer_ids) for answer in exam.test),
+            tokens_generated=sum(len(answer.answer_ids) for answer in exam.test)
+            + (composed.tokens if composed else 0),
         ),
     )
 
@@ -156,7 +158,9 @@ def _observe_teacher(
     return Exam.load(folder, run, tokenizer)
 
 
-def _splits(parts: Split, test: int, tokenizer: PreTrainedTokenizerBase, room: int) -> Splits:
+def _splits(
+    parts: Split, test: int, tokenizer: PreTrainedTokenizerBase, room: int, composed: Composition | None
+) -> Splits:
     """How many prompts each part has left when those without room for an answer are dropped."""
     whole = parts.train, parts.validation, parts.test
     train, validation, tested = (len(encode(part, tokenizer, room)) for part in whole)
@@ -169,4 +173,5 @@ def _splits(parts: Split, test: int, tokenizer: PreTrainedTokenizerBase, room: i
         task_duplicates_dropped=parts.task_duplicates_dropped,
         too_long_dropped=sum(map(len, whole)) - train - validation - tested,
         prompts_sha256=prompts_sha256([*parts.train, *parts.validation, *parts.test]),
+        composed=composed,
     )

@@ -14,25 +14,24 @@ It does not decide whether the student got better; `verdict.py` does, on other p
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
-from torch.nn.utils import parametrize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recoup.schemas import Checkpoint, DamageReport, TrainingPoint, TrainingReport
 from recoup_ml import answers, baselines, diagnose, durable, models, regulariser, skill
 from recoup_ml.alignment import choose_positions, with_embeddings
-from recoup_ml.generate import LocalEngine, usable
-from recoup_ml.lessons import Course, FixedCourse, Lesson, RolloutCourse, distributions
+from recoup_ml.lessons import Course, FixedCourse
 from recoup_ml.observation import Observation, observe
-from recoup_ml.plan import DATA, Data, Plan
+from recoup_ml.plan import DATA, Data
 from recoup_ml.regulariser import Regulariser
-from recoup_ml.repetition import without_loop
+from recoup_ml.rollouts import Room, rollouts
 from recoup_ml.run import Audience, Done, Journal, Run
 from recoup_ml.scores import compare
-from recoup_ml.sequences import Answered, Encoded, encode, from_row
+from recoup_ml.sequences import Answered, encode
 from recoup_ml.snapshots import Snapshots
 from recoup_ml.team import ALONE, Brief, Team, gather
 from recoup_ml.trainable import prepare
@@ -112,9 +111,11 @@ def train(brief: Brief, audience: Audience, team: Team = ALONE) -> None:
     keep = answers.kept(done, plan)
     if keep:
         training.keep(FixedCourse(keep, plan.batch_size, run.request.seed))
+    room = Room(run, plan, trainee, tokenizer, unfinished, team)
     training.take_up()
     for phase in training.left():
-        training.run(phase, _course(run, done, plan, phase.data, start.model, tokenizer, team))
+        with ExitStack() as ends:
+            training.run(phase, _course(done, phase.data, room, ends))
     if not team.leads:
         return
     audience.progress(plan.steps, plan.steps, "steps")
@@ -156,64 +157,13 @@ def _regulariser(run: Run, damage: DamageReport) -> Regulariser | None:
     return Regulariser(models.load(run.teacher), layer_map, spec.weight, spec.hidden_weight)
 
 
-def _course(
-    run: Run,
-    done: Done,
-    plan: Plan,
-    data: Data,
-    student: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    team: Team,
-) -> Course:
-    seed = run.request.seed
+def _course(done: Done, data: Data, room: Room, ends: ExitStack) -> Course:
+    run, plan = room.run, room.plan
     if data == "teacher":
-        return FixedCourse(answers.taught(done, plan), plan.batch_size, seed)
+        return FixedCourse(answers.taught(done, plan), plan.batch_size, run.request.seed)
     if data == "student":
-        asked = encode(diagnose.split_prompts(run).train, tokenizer, run.prompt_tokens)
-        return _rollouts(run, plan, student, tokenizer, asked, {}, team)
+        asked = encode(diagnose.split_prompts(run).train, room.tokenizer, run.prompt_tokens)
+        return rollouts(room, asked, {}, ends)
     if data == "demonstrated":
-        return _rollouts(run, plan, student, tokenizer, *answers.demonstrations(run, tokenizer), team)
-    return FixedCourse(answers.written(done), plan.batch_size, seed)
-
-
-def _rollouts(
-    run: Run,
-    plan: Plan,
-    student: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Encoded],
-    shown: Mapping[tuple[int, ...], tuple[int, ...]],
-    team: Team,
-) -> RolloutCourse:
-    """The student's answers to `prompts`, taught by a teacher that stands beside it.
-
-    Each process of the team has the student answer a share of the prompts.
-
-    `shown` has the prompts that the teacher sees instead, by the student's.
-    """
-    spec = run.request.method.rollouts
-    limit = run.request.generation.max_new_tokens if spec.max_new_tokens == "auto" else spec.max_new_tokens
-    teacher, pad_id = models.load(run.teacher), models.pad_id(tokenizer)
-    engine = LocalEngine(student, tokenizer, spec.temperature)
-
-    def answer(asked: Sequence[Encoded]) -> Sequence[Answered]:
-        student.eval()
-        with parametrize.cached():
-            mine = engine.answer(team.share(asked), limit, lambda _done: None)
-        shares = team.gathered([asdict(item) for item in mine])
-        given = [from_row(shares[place % team.size][place // team.size]) for place in range(len(asked))]
-        return [_without_loop(item) for item in usable(given)]
-
-    def teach(given: Sequence[Answered]) -> Lesson:
-        heard = [replace(item, prompt_ids=shown.get(item.prompt_ids, item.prompt_ids)) for item in given]
-        seen = observe(teacher, heard, pad_id)
-        lesson = distributions(given, seen, plan.top_k, plan.divergence.temperature)
-        return Lesson(lesson.answers, lesson.targets, spec.skip_tokens)
-
-    return RolloutCourse(prompts, answer, teach, plan.batch_size, spec.refresh_steps, run.request.seed)
-
-
-def _without_loop(given: Answered) -> Answered:
-    """An answer that fell into repetition, cut there (ShortOPD, arXiv 2607.13124)."""
-    ids = tuple(without_loop(given.answer_ids))
-    return given if len(ids) == len(given.answer_ids) else replace(given, answer_ids=ids, finish="length")
+        return rollouts(room, *answers.demonstrations(run, room.tokenizer), ends)
+    return FixedCourse(answers.written(done), plan.batch_size, run.request.seed)

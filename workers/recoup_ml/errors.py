@@ -8,6 +8,9 @@ RecoveryError            anything below; `.code` goes into the job's error
 ├── TeacherMismatch      the server answers with another model than the teacher
 ├── TeacherTruncated     the teacher gave no usable answer
 ├── TeacherContextTooShort  the teacher's server takes shorter sequences than the recovery needs
+├── TeacherLogProbsTooFew  the teacher's server tells fewer log-probabilities than the method learns from
+├── RolloutsUnavailable  a server of the student does not answer, or refuses its adapter
+├── RolloutMismatch      a server of the student draws from another model than the one that learns
 ├── NonFiniteWeights     a model holds NaN or infinity, or computes it
 └── UnsupportedRequest   a combination that would break a promise (zeros filled by a merged adapter)
 """
@@ -46,6 +49,19 @@ class TeacherTruncated(RecoveryError):
 
 class TeacherContextTooShort(RecoveryError):
     code = "teacher_context_too_short"
+
+
+class TeacherLogProbsTooFew(RecoveryError):
+    code = "teacher_log_probs_too_few"
+
+
+class RolloutsUnavailable(RecoveryError):
+    code = "rollouts_unavailable"
+    may_pass = True
+
+
+class RolloutMismatch(RecoveryError):
+    code = "rollout_mismatch"
 
 
 class NonFiniteWeights(RecoveryError):

@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 from recoup.schemas import DiagnosisReport
-from recoup_ml import diagnose, evaluate, measures, models
+from recoup_ml import compose, diagnose, evaluate, measures, models
 from recoup_ml.diagnose import Exam
 from recoup_ml.package import alignment_files
 from recoup_ml.probe import make_probe
@@ -19,7 +19,7 @@ def package(run: Run, journal: Journal, done: Done, folder: Path) -> None:
     files = alignment_files(report.alignment, folder)
     files["report.json"] = folder / "report.json"
     files["report.json"].write_text(report.model_dump_json(indent=1))
-    journal.publish(files)
+    journal.publish(files | compose.files(done))
 
 
 def assemble(run: Run, journal: Journal, done: Done) -> DiagnosisReport:

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 import torch
 
+from recoup.schemas import RolloutReport
+from recoup_ml.mismatch import Mismatch
 from recoup_ml.observation import Observation
 from recoup_ml.sequences import Answered, Encoded, from_row
 from recoup_ml.targets import Hidden, Target, Tokens, TopK
@@ -41,12 +43,15 @@ def distributions(
     """A lesson on the whole distributions of a teacher that was observed on `answers`, or on their top."""
     if top_k is None:
         return Lesson(answers, [Hidden(hidden_ND, teacher.head) for hidden_ND in teacher.hidden])
+    return Lesson(answers, likeliest(teacher, top_k, temperature))
+
+
+@torch.no_grad()
+def likeliest(teacher: Observation, top_k: int, temperature: float) -> list[TopK]:
+    """The top of the distributions of a teacher that was observed, answer by answer."""
     weight_VD = teacher.head.weight_VD
-    with torch.no_grad():
-        tops = [
-            TopK.of(teacher.head(hidden_ND.to(weight_VD)), top_k, temperature) for hidden_ND in teacher.hidden
-        ]
-    return Lesson(answers, tops)
+    logits = (teacher.head(hidden_ND.to(weight_VD)) for hidden_ND in teacher.hidden)
+    return [TopK.of(logits_NV, top_k, temperature).compact() for logits_NV in logits]
 
 
 def texts(answers: Sequence[Answered]) -> Lesson:
@@ -67,6 +72,10 @@ class Course(Protocol):
         """Takes a new course, made alike, to where another one was."""
         ...
 
+    def rollouts(self) -> RolloutReport | None:
+        """What servers drew of it; none where none did."""
+        ...
+
 
 class FixedCourse:
     """`size` answers of one lesson a step; each once before any comes again."""
@@ -85,6 +94,9 @@ class FixedCourse:
     def restore(self, state: dict[str, Any]) -> None:
         self._drawn = state["drawn"]
         skip(self._draws, self._drawn)
+
+    def rollouts(self) -> None:
+        return None
 
 
 class RolloutCourse:
@@ -112,24 +124,31 @@ class RolloutCourse:
         self._draws, self._drawn = draws(len(prompts), size * refresh, seed), 0
         self._answers: Sequence[Answered] = []
         self._ready: list[Lesson] = []
+        self._mismatch = Mismatch()
 
     def next(self) -> Lesson:
         if not self._ready:
             self._answers = self._answer([self._prompts[row] for row in next(self._draws)])
             self._drawn += 1
+            self._mismatch += Mismatch.of(answer.drift for answer in self._answers if answer.drift)
             self._ready = self._lessons()
         return self._ready.pop(0)
 
     def state(self) -> dict[str, Any]:
         """Answers are kept, being those of a student that is gone; the teacher would say the same again."""
         answers = [asdict(answer) for answer in self._answers] if self._ready else []
-        return {"drawn": self._drawn, "answers": answers, "ready": len(self._ready)}
+        ready, mismatch = len(self._ready), asdict(self._mismatch)
+        return {"drawn": self._drawn, "answers": answers, "ready": ready, "mismatch": mismatch}
 
     def restore(self, state: dict[str, Any]) -> None:
         self._drawn = state["drawn"]
         skip(self._draws, self._drawn)
         self._answers = [from_row(row) for row in state["answers"]]
+        self._mismatch = Mismatch(**state["mismatch"])
         self._ready = self._lessons()[-state["ready"] :] if state["ready"] else []
+
+    def rollouts(self) -> RolloutReport | None:
+        return self._mismatch.report()
 
     def _lessons(self) -> list[Lesson]:
         lesson = self._teach(self._answers)

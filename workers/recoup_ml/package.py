@@ -13,7 +13,7 @@ from pathlib import Path
 from peft import PeftModel
 
 from recoup.schemas import HANDED_OVER, Alignment, EffectProbe, Report
-from recoup_ml import answers, diagnose, distil, evaluate, models
+from recoup_ml import answers, compose, diagnose, distil, evaluate, models
 from recoup_ml.alignment import csv_table
 from recoup_ml.card import model_card
 from recoup_ml.errors import RecoveryError
@@ -49,6 +49,7 @@ def package(run: Run, journal: Journal, done: Done, folder: Path) -> None:
         files |= _write_probe(done, report, folder)
     if "generate" in done:
         files |= _learnt(run, done, report, folder)
+    files |= compose.files(done)
     journal.publish(files | _weight_files(done, weights))
 
 

@@ -5,6 +5,7 @@ a stage that was committed is skipped when a job is taken up again after a crash
 was not goes on from what it kept as `durable.UNFINISHED`. What one stage leaves, the next reads
 from there. One model is in memory at a time.
 
+    compose    the teacher writes the prompts, where none are given
     diagnose   what happened to the weights, how far the student is from its teacher
     generate   the teacher answers training and validation prompts
     distil     the student learns the teacher's distribution on those answers
@@ -15,10 +16,11 @@ The stage before these, preflight, needs no torch and is the service's.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-from recoup.schemas import Outcome, Stage
-from recoup_ml import answers, diagnose, distil, durable, evaluate, examination, package
+from recoup.schemas import ComposedPrompts, Outcome, Stage
+from recoup_ml import answers, compose, diagnose, distil, durable, evaluate, examination, package
 from recoup_ml.run import Done, Journal, Run
 
 
@@ -30,6 +32,7 @@ def recover(run: Run, journal: Journal) -> Outcome:
         Interrupted: the journal asked to stop.
     """
     done: dict[Stage, Path] = {}
+    run = _with_prompts(run, journal, done)
 
     def stage(name: Stage, work: Callable[[Run, Journal, Done, Path], None]) -> None:
         done[name] = journal.stage(name, lambda folder: work(run, journal, done, folder))
@@ -45,11 +48,21 @@ def recover(run: Run, journal: Journal) -> Outcome:
 
 
 def examine(run: Run, journal: Journal) -> None:
-    """A diagnosis: the first stage of a recovery, and its report.
+    """A diagnosis: the first stages of a recovery, and its report.
 
     Raises:
         RecoveryError: with the code that the failed job keeps.
     """
     done: dict[Stage, Path] = {}
+    run = _with_prompts(run, journal, done)
     done["diagnose"] = journal.stage("diagnose", lambda folder: diagnose.diagnose(run, journal, done, folder))
     journal.stage("package", lambda folder: examination.package(run, journal, done, folder))
+
+
+def _with_prompts(run: Run, journal: Journal, done: dict[Stage, Path]) -> Run:
+    """The run with the prompts that the teacher wrote, if it was to."""
+    if not isinstance(run.request.prompts, ComposedPrompts):
+        return run
+    done["compose"] = journal.stage("compose", lambda folder: compose.compose(run, journal, done, folder))
+    durable.remove(done["compose"] / durable.UNFINISHED)
+    return replace(run, prompts=compose.prompts(done))

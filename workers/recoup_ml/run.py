@@ -38,6 +38,8 @@ class Run:
     """Demonstrations of the skill of `request.teach`."""
     held_out: Sequence[Prompt] = ()
     """Those of `request.teach.held_out`."""
+    rollout_urls: tuple[str, ...] = ()
+    """Servers of students, for answers of the one that learns; none, or none of it: it answers itself."""
     answers: Path | None = None
     """The folder of the cache of servers' answers, shared by recoveries; none: nothing is remembered."""
     halvings: int = 0

@@ -50,6 +50,9 @@ class Answered:
     answer_ids: tuple[int, ...]
     finish: str
     """`stop` where the model ended its answer (the end token is part of `answer_ids`), else `length`."""
+    drift: tuple[float, ...] | None = None
+    """log p - log q of each token, of a student's own answer: of the student that is to learn from it, and of
+    the server that drew it; none where the student drew it itself."""
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.answer_ids)
@@ -170,9 +173,9 @@ def collate(sequences: Sequence[Answered], rows: Sequence[int], pad_id: int) -> 
 
 
 def write_jsonl(path: Path, sequences: Sequence[Answered]) -> None:
-    path.write_text(
-        "".join(json.dumps(asdict(sequence), ensure_ascii=False) + "\n" for sequence in sequences)
-    )
+    rows = (asdict(sequence) for sequence in sequences)
+    told = ({name: value for name, value in row.items() if value is not None} for row in rows)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in told))
 
 
 def read_jsonl(path: Path) -> list[Answered]:
@@ -182,5 +185,5 @@ def read_jsonl(path: Path) -> list[Answered]:
 
 def from_row(row: dict[str, Any]) -> Answered:
     """An answer that was kept as JSON."""
-    ids = {name: tuple(row[name]) for name in ("prompt_ids", "answer_ids")}
-    return Answered(**row | ids)
+    tuples = {name: tuple(value) for name, value in row.items() if isinstance(value, list)}
+    return Answered(**row | tuples)

@@ -64,27 +64,44 @@ class TopK:
     """Distinct at each position."""
     log_p_NK: Tensor
     """The teacher's log-probabilities, nats, at the temperature of the divergence they will meet."""
-    tail: bool = True
+    log_rest_N: Tensor | None
+    """Of the mass of all the other tokens, likewise; None: without a tail."""
 
     @staticmethod
     def of(teacher_NV: Tensor, k: int, temperature: float = 1.0, tail: bool = True) -> "TopK":
         """From logits; all of the vocabulary if it has fewer than `k` tokens."""
         log_p_NV = tempered(teacher_NV, temperature).log_softmax(-1)
         log_p_NK, ids_NK = log_p_NV.topk(min(k, log_p_NV.shape[-1]))
-        return TopK(ids_NK, log_p_NK, tail)
+        return TopK.given(ids_NK, log_p_NK) if tail else TopK(ids_NK, log_p_NK, None)
+
+    @staticmethod
+    def given(ids_NK: Tensor, log_p_NK: Tensor) -> "TopK":
+        """With the tail that they leave; rounded ones may leave less than nothing."""
+        return TopK(ids_NK, log_p_NK, _log_rest(log_p_NK))
+
+    def compact(self) -> "TopK":
+        """The form in which it is kept: ids of 16 bits where they fit, else of 32, and half floats.
+
+        A log-probability is off by a 2048th of itself at most. The tail is rounded by itself: as what is
+        left of rounded log-probabilities it would mean little.
+        """
+        fits = int(self.ids_NK.max()) < 1 << 16
+        rest_N = self.log_rest_N if self.log_rest_N is None else self.log_rest_N.half()
+        return TopK(self.ids_NK.to(torch.uint16 if fits else torch.int32), self.log_p_NK.half(), rest_N)
 
     def split(self, size: int) -> list["TopK"]:
-        parts = zip(self.ids_NK.split(size), self.log_p_NK.split(size), strict=True)
-        return [TopK(ids_NK, log_p_NK, self.tail) for ids_NK, log_p_NK in parts]
+        ids, log_p = self.ids_NK.split(size), self.log_p_NK.split(size)
+        rest = [None] * len(ids) if self.log_rest_N is None else self.log_rest_N.split(size)
+        return [TopK(*part) for part in zip(ids, log_p, rest, strict=True)]
 
     def loss(self, divergence: Divergence, student_NV: Tensor) -> Tensor:
-        student_NV = tempered(student_NV, divergence.temperature)
-        student = student_NV.gather(-1, self.ids_NK)
+        student_NV, ids_NK = tempered(student_NV, divergence.temperature), self.ids_NK.long()
+        student = student_NV.gather(-1, ids_NK)
         teacher = self.log_p_NK.to(student)
-        if self.tail and self.ids_NK.shape[-1] < student_NV.shape[-1]:
-            rest_NV = student_NV.scatter(-1, self.ids_NK, -math.inf)
+        if self.log_rest_N is not None and ids_NK.shape[-1] < student_NV.shape[-1]:
+            rest_NV = student_NV.scatter(-1, ids_NK, -math.inf)
             student = torch.cat([student, rest_NV.logsumexp(-1, keepdim=True)], -1)
-            teacher = torch.cat([teacher, _log_rest(teacher)], -1)
+            teacher = torch.cat([teacher, self.log_rest_N.to(student).unsqueeze(-1)], -1)
         return between(replace(divergence, temperature=1.0), teacher, student)
 
 
@@ -112,16 +129,18 @@ def join(targets: Sequence[Target], like: Tensor) -> Target:
     match targets[0]:
         case Hidden(head=head):
             return Hidden(torch.cat([target.hidden_ND for target in targets]).to(like), head.like(like))
-        case TopK(tail=tail):
-            ids_NK = torch.cat([target.ids_NK for target in targets])
-            log_p_NK = torch.cat([target.log_p_NK for target in targets])
-            return TopK(ids_NK.to(like.device), log_p_NK.to(like.device), tail)
+        case TopK(log_rest_N=rest_N):
+            ids_NK = torch.cat([target.ids_NK.long() for target in targets]).to(like.device)
+            log_p_NK = torch.cat([target.log_p_NK for target in targets]).to(like.device)
+            if rest_N is not None:
+                rest_N = torch.cat([target.log_rest_N for target in targets]).to(like.device)
+            return TopK(ids_NK, log_p_NK, rest_N)
         case Tokens():
             return Tokens(torch.cat([target.ids_N for target in targets]).to(like.device))
     raise TypeError(f"{type(targets[0]).__name__} is not a kind of target that can be joined.")
 
 
 def _log_rest(log_p_NK: Tensor) -> Tensor:
-    """log(1 - Σ p) [N, 1]; what is left is held to be at least the rounding of 1."""
-    rest_N1 = 1 - log_p_NK.double().exp().sum(-1, keepdim=True)
-    return rest_N1.clamp_min(torch.finfo(log_p_NK.dtype).eps).log().to(log_p_NK)
+    """log(1 - Σ p) [N]; what is left is held to be at least the rounding of 1."""
+    rest_N = 1 - log_p_NK.double().exp().sum(-1)
+    return rest_N.clamp_min(torch.finfo(log_p_NK.dtype).eps).log().to(log_p_NK)

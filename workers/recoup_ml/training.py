@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from recoup.schemas import Checkpoint, PhaseReport, RewriteCounts, Stopped, TrainingPoint, TrainingReport
-from recoup_ml import durable
+from recoup_ml import durable, mismatch
 from recoup_ml.fused import hidden_divergence
 from recoup_ml.lessons import Course, Lesson
 from recoup_ml.models import can_pack, head, last_hidden
@@ -190,6 +190,7 @@ class Training:
                 tokens=at.tokens,
                 seconds=time.monotonic() - began,
                 stopped=at.stopped or "steps",
+                rollouts=course.rollouts(),
             )
         )
 
@@ -362,8 +363,9 @@ def learn(
 
 
 def _counts(answer: Answered, skip: int) -> torch.Tensor:
-    """1 for each position of an answer that counts, 0 for those that are skipped."""
-    return (torch.arange(len(answer.answer_ids)) >= skip).float()
+    """How much each position of an answer counts: 0 if it is skipped, else 1, or its importance weight."""
+    counted = (torch.arange(len(answer.answer_ids)) >= skip).float()
+    return counted if answer.drift is None else counted * torch.tensor(mismatch.weights(answer.drift))
 
 
 def rate_share(step: int, steps: int) -> float:

@@ -156,6 +156,7 @@ def _run(claim: Claim, ledger: Ledger, settings: Settings) -> "Run":
         natural_text=load_text(ledger, settings, text) if text else [],
         vllm_urls=urls,
         vllm_command=command,
+        rollout_urls=tuple(settings.rollout_urls),
         answers=settings.home / ANSWERS,
         halvings=claim.memory_failures,
         processes=max(1, len(settings.gpus)),

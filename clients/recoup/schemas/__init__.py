@@ -50,6 +50,7 @@ if TYPE_CHECKING:
         Change,
         Checkpoint,
         Choice,
+        Composition,
         Cost,
         CostEstimate,
         DamageReport,
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
         RankCorrelation,
         Report,
         RewriteCounts,
+        RolloutReport,
         Sample,
         Splits,
         Stopped,
@@ -76,6 +78,7 @@ if TYPE_CHECKING:
         AlignmentSpec,
         BuiltinPrompts,
         ChangeRecovery,
+        ComposedPrompts,
         CreateRecovery,
         Damage,
         DivergenceName,
@@ -108,13 +111,14 @@ _MODULES = {
         "Problem ProblemItem Progress Recovery Stage State"
     ),
     "report": (
-        "Alignment AlignmentPoint AlignmentState Baseline Change Checkpoint Choice Cost CostEstimate "
-        "DamageReport Estimate InContext LayerDistance Measure OutputForm PhaseReport Provenance "
-        "RankCorrelation Report RewriteCounts Sample Splits Stopped Teaching TrainingPoint "
+        "Alignment AlignmentPoint AlignmentState Baseline Change Checkpoint Choice Composition Cost "
+        "CostEstimate DamageReport Estimate InContext LayerDistance Measure OutputForm PhaseReport "
+        "Provenance RankCorrelation Report RewriteCounts RolloutReport Sample Splits Stopped Teaching "
+        "TrainingPoint "
         "TrainingReport Trajectory TriedRepair"
     ),
     "request": (
-        "AlignmentSpec BuiltinPrompts ChangeRecovery CreateRecovery Damage DivergenceName "
+        "AlignmentSpec BuiltinPrompts ChangeRecovery ComposedPrompts CreateRecovery Damage DivergenceName "
         "EvaluationSpec FilePrompts Gate GenerationSpec Limits LoraSpec Match Method MethodSpec "
         "ModelRef OutputSpec RolloutSpec TaskSpec TeachSpec TrainingSpec"
     ),
@@ -145,6 +149,8 @@ __all__ = [
     "ChatRow",
     "Checkpoint",
     "Choice",
+    "ComposedPrompts",
+    "Composition",
     "Cost",
     "CostEstimate",
     "CreateDeployment",
@@ -199,6 +205,7 @@ __all__ = [
     "ReplicaStanding",
     "Report",
     "RewriteCounts",
+    "RolloutReport",
     "RolloutSpec",
     "Sample",
     "Splits",

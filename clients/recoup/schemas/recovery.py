@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict
 from recoup.schemas.request import CreateRecovery
 
 State = Literal["queued", "running", "paused", "cancelling", "cancelled", "succeeded", "failed"]
-Stage = Literal["preflight", "diagnose", "generate", "distil", "evaluate", "package"]
+Stage = Literal["preflight", "compose", "diagnose", "generate", "distil", "evaluate", "package"]
 Outcome = Literal[
     "recovered",
     "partial",

@@ -71,6 +71,21 @@ class DamageReport(Output):
     """Relative weight distance of each student layer to its teacher layer; 0 where none can be taken."""
 
 
+class Composition(Output):
+    """How the teacher wrote the prompts itself."""
+
+    wanted: int
+    kept: int
+    """Distinct prompts that were divided into the splits, like any others."""
+    drawn: int
+    refused: dict[str, int]
+    """Why the others were left out."""
+    tokens: int
+    """That were generated for it."""
+    opening: str
+    """The part of the teacher's chat template that it went on from."""
+
+
 class Splits(Output):
     """How prompts were divided; no prompt stands in two splits."""
 
@@ -84,6 +99,8 @@ class Splits(Output):
     """Prompts that were not trained on, nor validated on, because they stand in a task."""
     too_long_dropped: int
     prompts_sha256: str
+    composed: Composition | None
+    """Null where prompts were given."""
 
 
 class TrainingPoint(Output):
@@ -147,6 +164,24 @@ class Trajectory(Output):
 Stopped = Literal["steps", "gap_closed", "regression", "plateau", "diverged"]
 
 
+class RolloutReport(Output):
+    """The student's own answers that servers drew, and how far these were from the student that learnt.
+
+    p is the student, q the server, both at the moment of drawing.
+    """
+
+    answers: int
+    tokens: int
+    mean_difference: float
+    """Mean |log p - log q| of the drawn tokens, nats."""
+    largest_difference: float
+    kl: float
+    """Estimate of KL(q‖p), nats a token."""
+    truncated: float
+    """Share of positions whose importance weight was cut to `cap`."""
+    cap: float
+
+
 class PhaseReport(Output):
     """One phase of training: answers of one origin, one objective."""
 
@@ -164,6 +199,8 @@ class PhaseReport(Output):
     seconds: float
     stopped: Stopped
     """`steps`: all planned steps were taken."""
+    rollouts: RolloutReport | None
+    """Null where no server drew answers of the student's."""
 
 
 class RewriteCounts(Output):

@@ -54,13 +54,25 @@ class BuiltinPrompts(Input):
     """`general`: the prompts that come with Recoup, of fourteen kinds."""
 
 
+class ComposedPrompts(Input):
+    """The teacher writes prompts itself, going on where its chat template lets a user speak."""
+
+    compose: Annotated[int, Field(ge=80, le=100_000)]
+    """How many distinct ones; fewer, where five times so many draws hold no more."""
+    temperature: Annotated[float, Field(gt=0.0, le=2.0)] = 1.0
+    max_tokens: Annotated[int, Field(ge=8, le=4096)] = 128
+    """One that has not ended by then is left out."""
+
+
 def _prompts_tag(value: Any) -> str:
     named = value.keys() if isinstance(value, dict) else getattr(value, "model_fields_set", ())
-    return "builtin" if "builtin" in named else "file"
+    return next((tag for tag in ("builtin", "compose") if tag in named), "file")
 
 
 Prompts = Annotated[
-    Annotated[FilePrompts, Tag("file")] | Annotated[BuiltinPrompts, Tag("builtin")],
+    Annotated[FilePrompts, Tag("file")]
+    | Annotated[BuiltinPrompts, Tag("builtin")]
+    | Annotated[ComposedPrompts, Tag("compose")],
     Discriminator(_prompts_tag),
 ]
 
