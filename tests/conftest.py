@@ -35,9 +35,14 @@ S3_KEYS = {"AWS_ACCESS_KEY_ID": "recoup", "AWS_SECRET_ACCESS_KEY": "not-a-secret
 
 @pytest.fixture(scope="session")
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """Taken for one module at the most."""
+    return free_ports(1)[0]
+
+
+@pytest.fixture(scope="session")
+def lasting_port(free_port: int) -> int:
+    """Taken as long as the session lasts."""
+    return next(port for port in free_ports(2) if port != free_port)
 
 
 @pytest.fixture(scope="session")

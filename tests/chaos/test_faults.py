@@ -99,7 +99,9 @@ def test_what_was_accepted_while_the_broker_was_away_runs_once_it_is_back(instal
     assert installation.state(job) == "succeeded"
 
 
-@pytest.mark.parametrize("forget", [False, True], ids=["with its file", "without"])
+@pytest.mark.parametrize(
+    "forget", [pytest.param(False, marks=pytest.mark.slow), True], ids=["with its file", "without"]
+)  # half a minute each
 def test_a_broker_that_restarts_under_a_busy_worker_loses_no_job(
     installation, broker, worker, job, runner, forget
 ):

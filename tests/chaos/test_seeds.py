@@ -152,7 +152,10 @@ def send(processes, number):
 
 
 @pytest.mark.parametrize(
-    ("rng", "database"), [(0, "sqlite"), (1, "postgresql")], indirect=True, ids=["0", "1"]
+    ("rng", "database"),
+    [pytest.param(0, "sqlite", marks=pytest.mark.slow), (1, "postgresql")],  # half a minute each
+    indirect=True,
+    ids=["0", "1"],
 )
 def test_no_fault_of_two_seeds_shows_in_the_ledger(chaos):
     assert set(chaos.run()) == {"succeeded"}

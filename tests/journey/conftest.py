@@ -21,8 +21,8 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 
 
 @pytest.fixture(scope="session")
-def client(settings: Settings, free_port: int) -> Iterator[Client]:
-    with running(settings, "127.0.0.1", free_port) as installation, Client(installation.url) as client:
+def client(settings: Settings, lasting_port: int) -> Iterator[Client]:
+    with running(settings, "127.0.0.1", lasting_port) as installation, Client(installation.url) as client:
         yield client
 
 

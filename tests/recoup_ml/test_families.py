@@ -35,6 +35,9 @@ SHAPE = {
     "max_position_embeddings": 512,
 }
 ENDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+COSTLY = pytest.mark.slow
+"""Another full recovery each, of a family whose adapter, or another family, is learnt in the fast tests."""
+
 FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     "qwen3": lambda: Qwen3Config(**SHAPE, **ENDS, head_dim=8, tie_word_embeddings=True),
     "gemma3": lambda: Gemma3TextConfig(**SHAPE, **ENDS, head_dim=8, sliding_window=8),
@@ -82,7 +85,9 @@ def recovered(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("mode", ["lora", "full", "norms"])
+@pytest.mark.parametrize(
+    "mode", ["lora", pytest.param("full", marks=COSTLY), pytest.param("norms", marks=COSTLY)]
+)
 def test_a_family_goes_all_the_way(family: str, mode: str, recovered: Callable[..., Report]) -> None:
     report = recovered(family, training={"steps": 3, "mode": mode})
     assert report.training.steps == 3
@@ -90,7 +95,7 @@ def test_a_family_goes_all_the_way(family: str, mode: str, recovered: Callable[.
     assert report.alignment.after is not None
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+@pytest.mark.parametrize("family", [pytest.param("qwen3", marks=COSTLY), "gpt2"])
 @pytest.mark.parametrize("method", ["on_policy", "two_stage", "rewrite_sft", "interpolate"])
 def test_other_methods_do_not_mind_the_family(
     family: str, method: str, recovered: Callable[..., Report]

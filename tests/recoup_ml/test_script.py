@@ -248,7 +248,14 @@ CASES: dict[str, tuple[str, list[Prompt], dict[str, object]]] = {
 }
 
 
-@pytest.fixture(scope="module", params=CASES)
+COSTLY = {"dora", "by damage"}
+"""Beyond what the others show, for 20 seconds each."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.slow) if name in COSTLY else name for name in CASES],
+)
 def repeated(
     request: pytest.FixtureRequest,
     make_run: Callable[..., Run],
