@@ -49,6 +49,7 @@ def test_a_skill_is_taught_and_told_with_what_it_cost(
     assert any(item.path == "adapter/adapter_model.safetensors" for item in client.recoveries.artifacts(id))
 
 
+@pytest.mark.slow  # a second teaching; that OpenAI's calls become one is tested without it
 def test_openais_package_teaches_a_healthy_model(client: Client, models: Path, demonstrations: Path) -> None:
     hyper = {"n_epochs": 2, "learning_rate_multiplier": 200}
     keyless = {"request": [lambda sent: sent.headers.pop("authorization")]}  # there are no keys

@@ -98,7 +98,9 @@ def test_an_upload_is_stored_once_whatever_its_boundary(client, settings):
     assert len(list(settings.files_dir.iterdir())) == 1
 
 
-@pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)
+@pytest.mark.parametrize(
+    "database", ["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)], indirect=True
+)  # a hundred connections cost half a minute
 def test_a_hundred_threads_with_one_key_make_one_job_and_get_one_answer(serve, settings, body):
     ledgers = [open_ledger(settings) for _ in range(2)]
     urls = [serve(create_app(settings, ledger)) for ledger in ledgers]

@@ -17,6 +17,8 @@ from recoup_ml.recipe import recover
 from recoup_ml.run import Run
 
 Student = Callable[[str], Path]
+COSTLY = pytest.mark.slow
+"""Another recovery each."""
 IDS_BT = torch.arange(8, 40).view(2, 16)
 SMALL = {
     "training": {"steps": 3},
@@ -75,7 +77,9 @@ def test_a_student_of_plain_numbers_has_no_other_forms(
         forms.write(student("rounded"), adapter, "requantized", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("kind", ["adapter", "merged", "requantized"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("adapter", marks=COSTLY), "merged", pytest.param("requantized", marks=COSTLY)]
+)
 def test_a_report_says_what_every_form_costs(
     kind: str, make_run: Callable[..., Run], open_journal: type, tmp_path: Path
 ) -> None:

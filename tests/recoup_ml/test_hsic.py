@@ -185,6 +185,7 @@ def test_clustered_tokens_are_scored_by_what_their_topics_share(draw: torch.Gene
     assert abs(found.value - clustered_truth(0.8)) < 3 * found.se
 
 
+@pytest.mark.slow  # hundreds of data sets; its twin of streamed sums is among the fast tests
 def test_the_jackknife_interval_covers_the_truth_of_clustered_data(draw: torch.Generator) -> None:
     covered = 0
     for _ in range(300):

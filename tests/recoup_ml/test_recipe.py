@@ -579,6 +579,7 @@ def test_every_divergence_brings_the_student_nearer(divergence: str, finish: Cal
     assert found.outcome in {"recovered", "partial"}
 
 
+@pytest.mark.slow  # two whole recoveries for one comparison
 def test_the_teachers_top_is_nearly_as_good_as_the_whole(finish: Callable[..., Finished]) -> None:
     whole, top = (
         finish("finetuned", method={"type": "off_policy", "top_k": k}, training={"steps": 40}, **LENIENT)

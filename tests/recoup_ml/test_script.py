@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -248,13 +249,14 @@ CASES: dict[str, tuple[str, list[Prompt], dict[str, object]]] = {
 }
 
 
-COSTLY = {"dora", "by damage"}
+COSTLY = {"dora", "by damage", "demonstrated", "after a patch", "masked lora"}
 """Beyond what the others show, for 20 seconds each."""
+SLOW = partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(name, marks=pytest.mark.slow) if name in COSTLY else name for name in CASES],
+    params=[SLOW(name) if name in COSTLY else name for name in CASES],
 )
 def repeated(
     request: pytest.FixtureRequest,
@@ -330,14 +332,14 @@ def plain_kl(repeated: Repeated, student: PreTrainedModel | PeftModel) -> float:
     return float(torch.cat(values).mean())
 
 
-@pytest.mark.parametrize("repeated", ["after a patch", "after a repair"], indirect=True)
+@pytest.mark.parametrize("repeated", [SLOW("after a patch"), "after a repair"], indirect=True)
 def test_the_script_goes_on_from_what_a_repair_left(repeated: Repeated) -> None:
     training = repeated.report.training
     assert training.started_from != "student"
     assert repeated.losses[0] == pytest.approx(training.curve[0].loss, rel=1e-4)
 
 
-@pytest.mark.parametrize("repeated", ["masked full", "masked lora"], indirect=True)
+@pytest.mark.parametrize("repeated", ["masked full", SLOW("masked lora")], indirect=True)
 def test_the_script_keeps_the_zeros_of_a_pruned_student(repeated: Repeated) -> None:
     assert repeated.report.training.masked_weights > 0
     assert zeros_filled(repeated.run.student, repeated.weights) == 0

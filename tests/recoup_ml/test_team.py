@@ -78,7 +78,7 @@ def copied(place: Path, tmp_path: Path, name: str) -> Path:
             "forgetful",
             {"method": {"type": "on_policy", "rollouts": {"temperature": 0.0, "refresh_steps": 3}}},
         ),
-        ("pruned", {"alignment": {"positions": 256, "every_steps": 2}}),
+        pytest.param("pruned", {"alignment": {"positions": 256, "every_steps": 2}}, marks=pytest.mark.slow),
     ],
     ids=["adapter", "rollouts", "masked and watched"],
 )
