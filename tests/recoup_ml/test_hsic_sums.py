@@ -1,6 +1,7 @@
 """Streaming HSIC: the sums of its definition, and the truth where others see texts as agreement."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 from recoup_ml import hsic
 from recoup_ml.feature_space import Moments
 from recoup_ml.hsic_sums import PANELS, Batch, Sums, batch_sums
+from recoup_ml.principal import Sketch
 
 MAP = [(0, 0), (1, 2)]
 
@@ -64,6 +66,51 @@ def test_with_no_more_texts_than_panels_every_pair_of_texts_counts(texts: int, d
     np.testing.assert_allclose(
         found.all_xy_GK[0], [whole[row, column] for row, column in MAP], rtol=1e-5, atol=1e-4
     )
+
+
+def axes(draw: torch.Generator, count: int, width: int, size: int) -> list[Tensor]:
+    return [torch.linalg.qr(torch.randn(width, size, generator=draw)).Q for _ in range(count)]
+
+
+def test_within_a_batch_any_axes_give_the_same_mean(draw: torch.Generator) -> None:
+    batch = a_batch(draw, texts=2)
+    batch = replace(batch, x_axes=axes(draw, 2, 12, 3), y_axes=axes(draw, 3, 20, 5))
+    expected, pairs = by_definition(batch, batch.kept_N)
+    found = batch_sums(batch, MAP, 0, 1).products()
+    np.testing.assert_allclose(found.xy_KLM[-1], expected / pairs, rtol=1e-4, atol=1e-5)
+
+
+def test_with_all_axes_every_pair_of_texts_of_all_batches_counts(draw: torch.Generator) -> None:
+    everywhere = axes(draw, 2, 12, 12), axes(draw, 3, 20, 20)
+    batches = [replace(a_batch(draw, texts=2), x_axes=everywhere[0], y_axes=everywhere[1]) for _ in range(6)]
+    sums = None
+    for index, batch in enumerate(batches):
+        sums = batch_sums(batch, MAP, index % 3, 3, into=sums)
+    assert sums is not None
+    for left_out in (None, 1):
+        rest = [batch for index, batch in enumerate(batches) if left_out is None or index % 3 != left_out]
+        whole = Batch(
+            [torch.cat([batch.x_LND[layer] for batch in rest]) for layer in range(2)],
+            [torch.cat([batch.y_MND[layer] for batch in rest]) for layer in range(3)],
+            torch.cat([batch.text_N + 2 * index for index, batch in enumerate(rest)]),
+            torch.cat([batch.kept_N for batch in rest]),
+        )
+        expected, pairs = by_definition(whole, whole.kept_N)
+        found = sums.products().xy_KLM[-1 if left_out is None else left_out]
+        np.testing.assert_allclose(found, expected / pairs, rtol=1e-3, atol=1e-4)
+
+
+def test_axes_are_where_the_rows_vary(draw: torch.Generator) -> None:
+    strong = torch.linalg.qr(torch.randn(40, 4, generator=draw)).Q.double()
+    rows_ND = 5 * torch.randn(600, 4, generator=draw).double() @ strong.T + 100
+    rows_ND += 0.1 * torch.randn(600, 40, generator=draw)
+    sketch = Sketch(40)
+    for part in rows_ND.split(250):
+        sketch.add(part)
+    found_DR = sketch.axes(rows_ND.mean(0), 600).double()
+    assert found_DR.shape == (40, 16)
+    torch.testing.assert_close(found_DR.T @ found_DR, torch.eye(16).double(), atol=1e-5, rtol=0)
+    assert float((found_DR.T @ strong).norm()) > 1.99
 
 
 def test_sums_of_parts_are_the_sums_of_the_whole_in_any_order(draw: torch.Generator) -> None:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -146,7 +147,8 @@ class _Tally:
             sums.add(mine[student][kept_N], theirs[teacher][kept_N])
         x, y = self.frames.student.placed(mine), self.frames.teacher.placed(theirs)
         text_N = chosen.text_N.to(device)
-        self._sums = self._added(self._sums, Batch(x, y, text_N, kept_N), group)
+        axes = self.frames.student.axes, self.frames.teacher.axes
+        self._sums = self._added(self._sums, Batch(x, y, text_N, kept_N, *axes), group)
         if trio.rounded is not None:
             again = [state.to(device) for state in read(trio.rounded, chosen)]
             own = tuple((teacher, teacher) for _, teacher in self.layer_map)
@@ -179,13 +181,11 @@ class _Tally:
             positions_sha256=self._hash.hexdigest(),
         )
 
-    def _added(
-        self, sums: Sums | Pooled | None, batch: Batch, group: int, layer_map: LayerMap = ()
-    ) -> Sums | Pooled:
+    def _added(self, sums: Any, batch: Batch, group: int, layer_map: LayerMap = ()) -> Sums | Pooled:
         mapped = layer_map or self.layer_map
         if self.pooled:
             return joined(sums, pool(batch, mapped, self.groups))
-        return joined(sums, batch_sums(batch, mapped, group, self.groups))
+        return batch_sums(batch, mapped, group, self.groups, into=sums)
 
 
 def _layer_map(

@@ -10,29 +10,43 @@ A centre must come from many texts (`cka.py` takes it from a pilot of a few hund
 batch would tie its tokens together. Products are float32 of states of unit size, sums float64, kept by
 jackknife group. Sums over the same frame add: over batches, processes, machines.
 
-Axes: L, M layers of either model, N tokens, D width, P token pairs, G groups, K pairs of the layer map.
+Axes: L, M layers of either model, N tokens, D width, P token pairs, G groups, K pairs of the layer map, R, S
+principal axes.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from recoup_ml.hsic import Array, Products
+from recoup_ml.principal import cross, own, projected
 
 PANELS = 8
 
 
 @dataclass(frozen=True)
 class Sums:
-    """Over token pairs, by jackknife group; `with_all` counts tokens that the others leave out, too."""
+    """By jackknife group; `with_all` counts tokens that the others leave out, too."""
 
     xy_GLM: Array
+    """Σ k(a, b) l(a, b) over the pairs of Gram blocks, less what of it lies in the principal axes."""
     xx_GL: Array
     yy_GM: Array
     pairs_G: Array
+    axes_xy_GLRMS: Array
+    """Σ x y' of every two layers, in their principal axes."""
+    axes_xx_GLRR: Array
+    axes_yy_GMSS: Array
+    near_xy_GLM: Array
+    """Σ ‖Σ x y'‖² of each panel by itself: the pairs that do not count."""
+    near_xx_GL: Array
+    near_yy_GM: Array
+    tokens_G: Array
+    near_pairs_G: Array
     all_xy_GK: Array
     all_xx_GK: Array
     all_yy_GK: Array
@@ -42,11 +56,16 @@ class Sums:
         return Sums(*(a + b for a, b in zip(self._arrays(), other._arrays(), strict=True)))
 
     def products(self) -> Products:
-        """Without each group that holds pairs in turn, then over all; a common factor is left in."""
-        return _left_out(self.xy_GLM, self.xx_GL, self.yy_GM, self.pairs_G)
+        """Without each group that holds pairs in turn, then over all."""
+        return Products(
+            self._means("lrms,lrms->lm", self.xy_GLM, self.axes_xy_GLRMS, self.near_xy_GLM),
+            self._means("lrs,lrs->l", self.xx_GL, self.axes_xx_GLRR, self.near_xx_GL),
+            self._means("mrs,mrs->m", self.yy_GM, self.axes_yy_GMSS, self.near_yy_GM),
+            int((self.pairs_G > 0).sum()),
+        )
 
     def products_with_all(self) -> Products:
-        """The same of the layer map alone, on its diagonal, over all tokens."""
+        """The same of the layer map alone, on its diagonal, over all tokens; a common factor is left in."""
         xy_GKK = np.apply_along_axis(np.diag, 1, self.all_xy_GK)
         return _left_out(xy_GKK, self.all_xx_GK, self.all_yy_GK, self.pairs_G)
 
@@ -61,6 +80,19 @@ class Sums:
     def _arrays(self) -> list[Array]:
         return [getattr(self, field.name) for field in fields(self)]
 
+    def _means(self, squares: str, blocks: Array, axes: Array, near: Array) -> Array:
+        """Means over pairs of Gram blocks and over pairs of panels, together; `squares` sums up products."""
+        parts = (blocks, self.pairs_G, axes, near, self.tokens_G, self.near_pairs_G)
+        wholes, found = [part.sum(0) for part in parts], []
+        for group in [*np.flatnonzero(self.pairs_G > 0), None]:
+            outside, pairs, inside, own_pairs, tokens, few = (
+                whole if group is None else whole - part[group]
+                for whole, part in zip(wholes, parts, strict=True)
+            )
+            far = np.einsum(squares, inside, inside) - own_pairs
+            found.append(outside / max(pairs, 1.0) + far / max(tokens**2 - few, 1.0))
+        return np.array(found)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -73,51 +105,78 @@ class Batch:
     """Which text each token is of; tokens of a text lie together."""
     kept_N: Tensor
     """False on tokens that only `with_all` counts."""
+    x_axes: Sequence[Tensor] = ()
+    """The principal axes of each layer, [D, R], or none."""
+    y_axes: Sequence[Tensor] = ()
 
 
 @torch.inference_mode()
-def batch_sums(batch: Batch, layer_map: Sequence[tuple[int, int]], group: int, groups: int) -> Sums:
-    """The sums of one batch, all of it in one group.
+def batch_sums(
+    batch: Batch, layer_map: Sequence[tuple[int, int]], group: int, groups: int, into: Sums | None = None
+) -> Sums:
+    """The sums of one batch, all of it in one group; added to `into`, which is changed, if that is given.
 
     Raises:
-        ValueError: it holds one text only, so that no pair is of different texts.
+        ValueError: the batch holds one text only, so that no pair is of different texts.
     """
-    bounds = _panels(batch.text_N)
+    bounds = _panels(batch.text_N, 2 if batch.x_axes else PANELS)
     if len(bounds) < 3:
         raise ValueError("A batch needs the tokens of at least two texts.")
+    x_NLR = projected(batch.x_LND, batch.x_axes, batch.kept_N)
+    y_NMS = projected(batch.y_MND, batch.y_axes, batch.kept_N)
+    found = _outside(batch, layer_map, bounds, (x_NLR, y_NMS)) | _inside(x_NLR, y_NMS, batch.kept_N, bounds)
+    whole = into or Sums(**{name: np.zeros((groups, *np.shape(part))) for name, part in found.items()})
+    for name, part in found.items():
+        getattr(whole, name)[group] += part
+    return whole
+
+
+def _outside(
+    batch: Batch, layer_map: Sequence[tuple[int, int]], bounds: Sequence[int], inside: tuple[Tensor, Tensor]
+) -> dict[str, Array | float]:
+    """From the Gram blocks: of all directions less those inside, and of the layer map over all tokens."""
     x_LP, y_MP = _gram_rows(batch.x_LND, bounds), _gram_rows(batch.y_MND, bounds)
     mine, theirs = zip(*layer_map, strict=True)
     x_KP, y_KP = _named(x_LP, mine), _named(y_MP, theirs)
-    every = [_dot(x_KP, y_KP), _dot(x_KP, x_KP), _dot(y_KP, y_KP)]
+    found: dict[str, Array | float] = {
+        f"all_{name}_GK": _dot(a_KP, b_KP)
+        for name, a_KP, b_KP in (("xy", x_KP, y_KP), ("xx", x_KP, x_KP), ("yy", y_KP, y_KP))
+    }
+    kept_P = _pairs_kept(batch.kept_N, bounds)
     if not batch.kept_N.all():
-        lost_P = ~_pairs_kept(batch.kept_N, bounds)
-        x_LP[:, lost_P] = y_MP[:, lost_P] = 0.0
-    found = Sums(
-        xy_GLM=(x_LP @ y_MP.T).double().cpu().numpy()[None],
-        xx_GL=_dot(x_LP, x_LP)[None],
-        yy_GM=_dot(y_MP, y_MP)[None],
-        pairs_G=np.array([float(_pairs_kept(batch.kept_N, bounds).sum())]),
-        all_xy_GK=every[0][None],
-        all_xx_GK=every[1][None],
-        all_yy_GK=every[2][None],
-    )
-    return _placed(found, group, groups)
+        x_LP[:, ~kept_P] = y_MP[:, ~kept_P] = 0.0
+    xy, xx, yy = _every_two(x_LP, y_MP)
+    if batch.x_axes:
+        rows = [_gram_rows(states_NLR.unbind(1), bounds) for states_NLR in inside]
+        xy, xx, yy = (a - b for a, b in zip((xy, xx, yy), _every_two(*rows), strict=True))
+    return found | {"xy_GLM": xy, "xx_GL": xx, "yy_GM": yy, "pairs_G": float(kept_P.sum())}
 
 
-def _placed(found: Sums, group: int, groups: int) -> Sums:
-    def spread(array: Array) -> Array:
-        whole = np.zeros((groups, *array.shape[1:]))
-        whole[group] = array[0]
-        return whole
+def _inside(x_NLR: Tensor, y_NMS: Tensor, kept_N: Tensor, bounds: Sequence[int]) -> dict[str, Array | float]:
+    """In the principal axes, of all panels and of each by itself."""
+    found: dict[str, Array | float] = {}
+    for start, end in pairwise(bounds):
+        x, y, tokens = x_NLR[start:end], y_NMS[start:end], float(kept_N[start:end].sum())
+        xy, xx, yy = cross(x, y), own(x), own(y)
+        parts: dict[str, Array | float] = {
+            "axes_xy_GLRMS": _array(xy),
+            "axes_xx_GLRR": _array(xx),
+            "axes_yy_GMSS": _array(yy),
+            "near_xy_GLM": _array(xy.square().sum((1, 3))),
+            "near_xx_GL": _array(xx.square().sum((1, 2))),
+            "near_yy_GM": _array(yy.square().sum((1, 2))),
+            "tokens_G": tokens,
+            "near_pairs_G": tokens**2,
+        }
+        found = {name: found.get(name, 0.0) + part for name, part in parts.items()}
+    return found
 
-    return Sums(*(spread(array) for array in found._arrays()))
 
-
-def _panels(text_N: Tensor) -> list[int]:
-    """Where panels of whole texts begin, and where the last one ends; at most `PANELS`, of like size."""
+def _panels(text_N: Tensor, most: int) -> list[int]:
+    """Where panels of whole texts begin, and where the last one ends; at most so many, of like size."""
     _, sizes = torch.unique_consecutive(text_N, return_counts=True)
     ends, total = sizes.cumsum(0).tolist(), len(text_N)
-    bounds, panels = [0], min(PANELS, len(ends))
+    bounds, panels = [0], min(most, len(ends))
     for end, following in zip(ends, [*ends[1:], total], strict=True):
         wanted = total * len(bounds) / panels
         if len(bounds) < panels and abs(end - wanted) <= abs(following - wanted):
@@ -167,8 +226,16 @@ def _named(rows_LP: Tensor, layers: tuple[int, ...]) -> Tensor:
     return rows_LP if layers == tuple(range(len(rows_LP))) else rows_LP[list(layers)]
 
 
+def _every_two(x_LP: Tensor, y_MP: Tensor) -> tuple[Array, Array, Array]:
+    return _array(x_LP @ y_MP.T), _dot(x_LP, x_LP), _dot(y_MP, y_MP)
+
+
 def _dot(a_LP: Tensor, b_LP: Tensor) -> Array:
-    return torch.linalg.vecdot(a_LP, b_LP).double().cpu().numpy()
+    return _array(torch.linalg.vecdot(a_LP, b_LP))
+
+
+def _array(found: Tensor) -> Array:
+    return found.double().cpu().numpy()
 
 
 def _left_out(xy_GLM: Array, xx_GL: Array, yy_GM: Array, pairs_G: Array) -> Products:
