@@ -4,13 +4,13 @@
 #   PYTHON=python3.12                        which Python makes the environment (3.11 or newer)
 #   TORCH_INDEX=https://…                    where pip shall look for torch; unset: pip's own settings
 #   TORCH=torch==2.13.0                      which torch, if not the one chosen below
-#   TESTERS=2                                how many processes share the tests
+#   TESTERS=3                                how many processes share the tests
 
 SHELL := /bin/bash
 PYTHON ?= python3
 DAMAGE ?= finetuning
 TORCH_INDEX ?=
-TESTERS ?= 2
+TESTERS ?= 3
 HOME_DIR ?= .recoup
 VENV := .venv
 BIN := $(VENV)/bin
