@@ -33,7 +33,7 @@ from recoup.schemas import CreateRecovery, Message, Prompt, Stage
 from recoup_ml import durable, injure, models
 from recoup_ml.generate import LocalEngine
 from recoup_ml.run import Run, Task
-from recoup_ml.sequences import Answered, collate, encode
+from recoup_ml.sequences import Answered, Encoded, collate, encode
 from recoup_ml.tickets import NAMES, OPENINGS, QUEUES
 
 gc.freeze()  # what the imports left stays: a recovery collects often, and need not look at it again
@@ -551,3 +551,22 @@ def replicas() -> Iterator[list[CompletionsServer]]:
     yield running
     for one in running:
         one.die()
+
+
+@pytest.fixture
+def knowing(
+    server: CompletionsServer, healthy: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> CompletionsServer:
+    """A server that answers as the teacher does, and tells its log-probabilities."""
+    engine = LocalEngine(healthy, tokenizer)
+    blank = Prompt(messages=[Message(role="user", content="?")])
+
+    @torch.inference_mode()
+    def log_p(ids: list[int]) -> Tensor:
+        return healthy(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+
+    server.log_p = log_p
+    server.answer = lambda ids, limit: list(
+        engine.answer([Encoded(blank, tuple(ids))], limit, lambda _done: None)[0].answer_ids
+    )
+    return server

@@ -451,29 +451,12 @@ def test_a_server_that_serves_the_teacher_is_as_good_as_the_teacher_itself(
     assert found.report.recovered.value == pytest.approx(forgetful.report.recovered.value, abs=0.01)
 
 
-@pytest.fixture
-def serving(server: Any, healthy: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Any:
-    """A server of the teacher that tells its log-probabilities."""
-    engine = LocalEngine(healthy, tokenizer)
-    blank = Prompt(messages=[Message(role="user", content="?")])
-
-    @torch.inference_mode()
-    def log_p(ids: list[int]) -> torch.Tensor:
-        return healthy(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
-
-    server.log_p = log_p
-    server.answer = lambda ids, limit: list(
-        engine.answer([Encoded(blank, tuple(ids))], limit, lambda _done: None)[0].answer_ids
-    )
-    return server
-
-
 def test_the_teachers_top_is_the_same_from_its_server(
-    serving: Any, make_run: Callable[..., Run], open_journal: type, tmp_path: Path
+    knowing: Any, make_run: Callable[..., Run], open_journal: type, tmp_path: Path
 ) -> None:
     run = make_run("finetuned", method={"top_k": 16}, training={"steps": 4})
     found = []
-    for name, urls in (("local", ()), ("served", (serving.url,))):
+    for name, urls in (("local", ()), ("served", (knowing.url,))):
         with pytest.raises(ConnectionResetError):
             recover(replace(run, vllm_urls=urls), open_journal(tmp_path / name, breaks_in="distil"))
         place = tmp_path / name / "generate"
@@ -483,13 +466,13 @@ def test_the_teachers_top_is_the_same_from_its_server(
     for mine, theirs in zip(local, served, strict=True):
         assert mine.ids_NK[:, 0].tolist() == theirs.ids_NK[:, 0].tolist()
         torch.testing.assert_close(mine.log_p_NK, theirs.log_p_NK, rtol=2e-3, atol=1e-4)
-    told = [body for body in serving.bodies if "logprobs" in body]
+    told = [body for body in knowing.bodies if "logprobs" in body]
     assert len(told) == len(served)
     assert not any("prompt_logprobs" in body for body in told)
 
 
 def test_a_teacher_whose_servers_score_the_students_answers_is_not_beside_it(
-    serving: Any, teacher: Path, make_run: Callable[..., Run], open_journal: type, tmp_path: Path
+    knowing: Any, teacher: Path, make_run: Callable[..., Run], open_journal: type, tmp_path: Path
 ) -> None:
     """Its weights are taken away before training begins."""
     shutil.copytree(teacher, tmp_path / "teacher")
@@ -499,17 +482,17 @@ def test_a_teacher_whose_servers_score_the_students_answers_is_not_beside_it(
         training={"steps": 8},
         evaluation=LENIENT["evaluation"] | {"baselines": False},
     )
-    run = replace(asked, teacher=tmp_path / "teacher", vllm_urls=(serving.url,))
+    run = replace(asked, teacher=tmp_path / "teacher", vllm_urls=(knowing.url,))
     with pytest.raises(ConnectionResetError):
         recover(run, open_journal(tmp_path, breaks_in="distil"))
     (tmp_path / "teacher" / "model.safetensors").unlink()
-    serving.bodies.clear()
+    knowing.bodies.clear()
     with pytest.raises(ConnectionResetError):
         recover(run, open_journal(tmp_path, breaks_in="evaluate"))
     report = TrainingReport.model_validate_json((tmp_path / "distil" / "training.json").read_text())
     assert min(point.validation_kl for point in report.checkpoints) < report.initial_validation_kl
-    assert len(serving.bodies) == 8 * report.batch_size
-    assert all(body["prompt_logprobs"] == 16 for body in serving.bodies)
+    assert len(knowing.bodies) == 8 * report.batch_size
+    assert all(body["prompt_logprobs"] == 16 for body in knowing.bodies)
 
 
 def test_prompts_that_the_teacher_wrote_are_divided_like_any_others_and_handed_over(

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from recoup.schemas import Message, Prompt
 from recoup_ml.errors import TeacherContextTooShort, TeacherLogProbsTooFew, TeacherUnavailable
-from recoup_ml.generate import LocalEngine
 from recoup_ml.lessons import distributions
 from recoup_ml.observation import observe
 from recoup_ml.sequences import Answered, Encoded, encode
@@ -201,23 +200,6 @@ def test_a_request_that_the_server_will_never_take_is_not_repeated(
     with pytest.raises(TeacherUnavailable, match=f"does not answer /v1/completions: {status}"):
         rows_of(Generator([server.url], HASTY), [Question(0, (1, 2))], Sampling(4))
     assert len(server.bodies) == 1
-
-
-@pytest.fixture
-def knowing(server: Any, healthy: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Any:
-    """A server that answers as the teacher does, and tells its log-probabilities."""
-    engine = LocalEngine(healthy, tokenizer)
-    blank = Prompt(messages=[Message(role="user", content="?")])
-
-    @torch.inference_mode()
-    def log_p(ids: list[int]) -> torch.Tensor:
-        return healthy(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
-
-    server.log_p = log_p
-    server.answer = lambda ids, limit: list(
-        engine.answer([Encoded(blank, tuple(ids))], limit, ignore)[0].answer_ids
-    )
-    return server
 
 
 def of_the_teacher(healthy: PreTrainedModel, answers: list[Answered], k: int) -> list[TopK]:
