@@ -80,8 +80,9 @@ def test_a_vllm_is_started_for_the_stages_that_ask_it_and_dies_with_a_runner_tha
         assert time.monotonic() < until
         time.sleep(0.2)
     (runner,) = processes(settings, "recoup_worker.runner")
-    started = runner.children(recursive=True)
-    assert len(started) >= 3  # the launcher, its guard, vLLM
+    while len(started := runner.children(recursive=True)) < 3:  # the launcher, its guard, vLLM
+        assert time.monotonic() < until
+        time.sleep(0.2)
     os.kill(runner.pid, signal.SIGKILL)
     assert psutil.wait_procs(started, timeout=60)[1] == []
 
