@@ -8,9 +8,11 @@
 Needs `pip install trl==1.16.0` beside Recoup's own packages. Every contender trains the same LoRA
 adapter of SmolLM2-135M in float32 on the same answers, eight a step, by forward KL on the whole
 distribution (TRL: GKDTrainer with lmbda=0, beta=0, its length grouping on), in a process of its
-own; contenders take turns. Useful tokens are those of the answers: prompts and padding are work,
-not progress. The limit is what the machine's matrix products would take for the student's and the
-heads' alone, at the speed they reach in the same run.
+own; contenders take turns. On a GPU it is bfloat16, and memory is the GPU's; `--random` makes a
+teacher of random weights, with a tokenizer learnt from the answers, where there is no model.
+Useful tokens are those of the answers: prompts and padding are work, not progress. The limit is
+what the machine's matrix products would take for the student's and the heads' alone, at the speed
+they reach in the same run.
 """
 
 import argparse
@@ -26,7 +28,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from measuring import memory
+from measuring import memory, on_gpu, settle
 
 ANSWERS = Path(__file__).with_name("answers.jsonl")
 CONTENDERS = ("trl", "beside", "cached", "top64")
@@ -86,7 +88,8 @@ def load(home: Path, vocabulary: int | None) -> Any:
     config = AutoConfig.from_pretrained(home / "teacher")
     config.vocab_size, config.num_hidden_layers = vocabulary, LAYERS_FOR_MEMORY
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    dtype = torch.bfloat16 if on_gpu() else torch.float32
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).to(models.device()).eval()
 
 
 def adapter() -> Any:
@@ -143,9 +146,10 @@ def train_recoup(contender: str, home: Path, kind: str, vocabulary: int | None) 
     trainee = prepare(student, trainable, [0.0] * student.config.num_hidden_layers, 0, None)
     watchers = Watchers(lambda _model: math.nan, 0.0, lambda _point: None)
     training = Training(trainee, plan, 0, watchers, 1.0, False, Path("unused"))
-    with memory() as used:
+    with memory(gpu=on_gpu()) as used:
         began = time.perf_counter()
         training.run(plan.phases[0], course)
+        settle()
         seconds = time.perf_counter() - began
     tokens = sum(len(item.answer_ids) for item in given)
     return Measured(tokens, seconds, used[0], max(used), work(student, given, beside=contender == "beside"))
@@ -166,8 +170,8 @@ def train_trl(home: Path, kind: str, vocabulary: int | None) -> Measured:
             lmbda=0.0,
             beta=0.0,
             temperature=1.0,
-            bf16=False,
-            use_cpu=True,
+            bf16=on_gpu(),
+            use_cpu=not on_gpu(),
             gradient_checkpointing=False,
             train_sampling_strategy="group_by_length",
             length_column_name="length",
@@ -183,9 +187,10 @@ def train_trl(home: Path, kind: str, vocabulary: int | None) -> Measured:
         processing_class=tokenizer(home),
         peft_config=adapter(),
     )
-    with memory() as used:
+    with memory(gpu=on_gpu()) as used:
         began = time.perf_counter()
         trainer.train()
+        settle()
         seconds = time.perf_counter() - began
     tokens = sum(len(item.answer_ids) for item in given)
     return Measured(tokens, seconds, used[0], max(used), work(student, given, beside=True))
@@ -246,12 +251,14 @@ def flops() -> float:
     """Of one layer-sized matrix product, a second, all threads; the best of three tries."""
     import torch
 
-    x_NI, w_IO = torch.randn(512, 576), torch.randn(576, 1536)
+    where = {"device": "cuda", "dtype": torch.bfloat16} if on_gpu() else {}
+    x_NI, w_IO = torch.randn(512, 576, **where), torch.randn(576, 1536, **where)
 
     def once() -> float:
         began, times = time.perf_counter(), 300
         for _ in range(times):
-            x_NI @ w_IO
+            last = x_NI @ w_IO
+        last.sum().item()
         return times * 2 * 512 * 576 * 1536 / (time.perf_counter() - began)
 
     return max(once() for _ in range(3))
@@ -321,7 +328,10 @@ def agree(home: Path) -> None:
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
     learning = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
-    batch = collate([row | {} for row in dataset(given)])
+    batch = {
+        key: tensor.to(student.device)
+        for key, tensor in collate([row | {} for row in dataset(given)]).items()
+    }
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
     with torch.no_grad():
         theirs_BTV = teacher(**inputs).logits[:, :-1]
@@ -337,6 +347,42 @@ def agree(home: Path) -> None:
     size = torch.cat([grad.flatten() for grad in expected.values()]).norm()
     print(f"loss: TRL {float(theirs):.6f}, Recoup {mine:.6f} nats a token")
     print(f"gradients: relative distance {float(apart / size):.1e}")
+
+
+def make_random(folder: Path) -> None:
+    """A model of SmolLM2-135M's shape, and a tokenizer that cuts the answers into tokens of like number."""
+    import torch
+    from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+    from tokenizers.models import BPE
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    rows = [json.loads(line) for line in ANSWERS.read_text("utf-8").splitlines()]
+    texts = [text for row in rows for text in (row["prompt"], row["answer"])]
+    learnt = Tokenizer(BPE())
+    learnt.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    learnt.decoder = decoders.ByteLevel()
+    special, alphabet = ["<pad>", "</s>"], pre_tokenizers.ByteLevel.alphabet()
+    learnt.train_from_iterator(
+        texts, trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=learnt, pad_token="<pad>", eos_token="</s>")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARIES[0],
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    dtype = torch.bfloat16 if on_gpu() else torch.float32
+    LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
 
 
 def make_answers(home: Path) -> None:
@@ -370,6 +416,7 @@ def main() -> None:
     parser.add_argument("child", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--home", type=Path, default=Path(".recoup/grid"), help="where the teacher is made")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--random", action="store_true", help="of the teacher's shape, not the teacher")
     chosen = parser.parse_args()
     commands: dict[str, Callable[[], None]] = {
         "speed": lambda: speed(chosen.home, chosen.rounds),
@@ -383,7 +430,8 @@ def main() -> None:
     else:
         from recoup_ml import smollm
 
-        smollm.convert(chosen.home / "teacher")
+        make = make_random if chosen.random else smollm.convert
+        make(chosen.home / "teacher")
         commands[chosen.what]()
 
 
