@@ -24,7 +24,7 @@ from recoup_ml.targets import Hidden, Tokens, TopK
 from recoup_ml.trainable import prepare
 from recoup_ml.training import learn
 
-VOCABULARY, WIDTH, POSITIONS = 151_936, 256, 96
+VOCABULARY, WIDTH, POSITIONS = 151_936, 128, 48
 DIVERGENCES = [
     Divergence("forward_kl"),
     Divergence("reverse_kl", temperature=2.0),
@@ -37,7 +37,7 @@ def drawn(positions: int, dtype: torch.dtype, device: torch.device) -> tuple[Ten
     """(student's states, its head, the teacher's states, its head); logits of a few nats."""
     draw = torch.Generator().manual_seed(0)
     states = torch.randn(positions, WIDTH, generator=draw)
-    weight = 0.15 * torch.randn(VOCABULARY, WIDTH, generator=draw)
+    weight = 0.2 * torch.randn(VOCABULARY, WIDTH, generator=draw)
     noise = 0.2 * torch.randn(positions, WIDTH, generator=draw)
     other = weight + 0.02 * torch.randn(VOCABULARY, WIDTH, generator=draw)
     return tuple(tensor.to(dtype).to(device) for tensor in (states + noise, other, states, weight))
@@ -66,10 +66,10 @@ def test_the_fused_loss_is_the_plain_formula(
     expected = (exact_target.loss(divergence, exact[0] @ exact[1].T) * weights_N).sum()
     expected.backward()
     leaves = [tensor.detach().requires_grad_() for tensor in (student, weight)]
-    found = hidden_divergence(leaves[0], Head(leaves[1]), target, divergence, weights_N.to(device), chunk=40)
+    found = hidden_divergence(leaves[0], Head(leaves[1]), target, divergence, weights_N.to(device), chunk=20)
     found.backward()
     rough = dtype == torch.bfloat16
-    assert float(found) == pytest.approx(float(expected), rel=2e-3 if rough else 1e-4)
+    assert found.item() == pytest.approx(expected.item(), rel=2e-3 if rough else 1e-4)
     for leaf, other in zip(leaves, exact, strict=True):
         apart = (leaf.grad.double().cpu() - other.grad).norm() / other.grad.norm()
         assert leaf.grad.dtype == dtype
@@ -185,9 +185,10 @@ def test_rows_that_are_packed_and_rows_that_are_padded_teach_the_same(
 ) -> None:
     assert models.can_pack(model)
     lesson = distributions(answered[:16], observe(model, answered[:16], 0), None, 1.0)
+    torch.manual_seed(0)
     with torch.no_grad():
-        for weight in model.parameters():
-            weight.mul_(1 + 0.1 * torch.randn_like(weight))
+        for weight in model.model.layers.parameters():
+            weight.mul_(1 + 0.3 * torch.randn_like(weight))
     found = []
     for pieces in (packs(lesson.answers, 128), batches(lesson.answers, 0, 128)):
         loss = learn(model, lesson, Divergence(), pieces)
@@ -202,8 +203,10 @@ def test_halving_the_tokens_at_once_changes_rounding_alone(
 ) -> None:
     lesson = distributions(answered[:16], observe(model, answered[:16], 0), None, 1.0)
     plan = Trainable("full", False, 8, 16, "all-linear", False)
+    torch.manual_seed(0)
     with torch.no_grad():
-        model.lm_head.weight.mul_(0.7)
+        for weight in model.model.layers.parameters():
+            weight.mul_(1 + 0.3 * torch.randn_like(weight))
     trainee = prepare(model, plan, [])
     found = []
     for tokens in (1024, 256, 64):
@@ -271,4 +274,4 @@ def test_liger_finds_the_same_divergence(name: str, device: torch.device) -> Non
     found = hidden_divergence(
         student, Head(weight), Hidden(theirs, Head(their_weight)), divergence, weights_N
     )
-    assert float(found) == pytest.approx(float(expected), rel=1e-3)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-3)
