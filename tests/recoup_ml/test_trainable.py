@@ -30,7 +30,7 @@ def step(trainee: Trainee, rate: float = 1e-2, steps: int = 3) -> None:
         trainee.mask_gradients()
         optimizer.step()
         optimizer.zero_grad()
-        trainee.restore_zeros()
+        trainee.settle()
 
 
 @pytest.mark.parametrize("damage", ["pruned", "pruned-2:4"])
@@ -97,6 +97,49 @@ def test_dora_is_an_adapter_of_its_own_kind(student: Student, tmp_path: Path) ->
     assert (
         PeftModel.from_pretrained(models.load(student("finetuned")), tmp_path).peft_config["default"].use_dora
     )
+
+
+@pytest.mark.parametrize("mode", ["full", "norms"])
+@pytest.mark.parametrize("damage", ["finetuned", "pruned"])
+def test_small_steps_in_half_precision_add_up(
+    damage: str, mode: str, student: Student, tmp_path: Path
+) -> None:
+    """Steps far below a weight's rounding, which training in bfloat16 itself would lose one by one."""
+    model = models.load(student(damage)).bfloat16()
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    trainee = prepare(model, replace(LORA, mode=mode, keep_zeros=damage == "pruned"), FLAT)
+    step(trainee, rate=1e-5, steps=20)
+    moved = {
+        name: (weight.detach() - before[name].float()).abs().max() for name, weight in trainee.named.items()
+    }
+    assert all(1e-4 < float(most) < 3e-4 for most in moved.values())
+    for name, weight in model.named_parameters():
+        expected = trainee.named.get(name, before[name])
+        assert weight.dtype == torch.bfloat16 and torch.equal(weight, expected.bfloat16())
+        assert weight.grad is None
+    trainee.save(tmp_path)
+    saved = Weights(tmp_path)
+    assert all(saved[name].dtype == torch.bfloat16 for name in saved)
+    assert damage != "pruned" or all(
+        torch.equal(saved[name] == 0, before[name] == 0)
+        for name in saved
+        if block_of(name) is not None and saved[name].dim() == 2
+    )
+
+
+def test_gradients_of_many_pieces_are_added_up_in_float32(student: Student) -> None:
+    trainee = prepare(models.load(student("finetuned")).bfloat16(), replace(LORA, mode="full"), FLAT)
+    ids = torch.arange(3, 27).reshape(2, 12)
+    once, often = [], []
+    for times, found in ((1, once), (300, often)):
+        for _ in range(times):
+            trainee.model(input_ids=ids, labels=ids).loss.backward()
+        found += [weight.grad for weight in trainee.parameters]
+        for weight in trainee.parameters:
+            weight.grad = None
+    for one, many in zip(once, often, strict=True):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(many, 300 * one, rtol=1e-4, atol=1e-6)
 
 
 def test_ranks_follow_the_damage_and_cost_the_same() -> None:

@@ -74,7 +74,7 @@ def _input_norms(block: nn.Module) -> Iterator[Norms]:
     norms: Norms = {}
 
     def read(linear: nn.Linear, args: tuple[Tensor]) -> None:
-        norms[linear] = args[0].flatten(0, -2).norm(dim=0)
+        norms[linear] = args[0].flatten(0, -2).float().norm(dim=0)
 
     linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
     hooks = [linear.register_forward_pre_hook(read) for linear in linears]

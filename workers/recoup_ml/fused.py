@@ -37,8 +37,9 @@ def hidden_divergence(
 ) -> Tensor:
     """Σ_n weights_N[n] · D_n, a scalar in nats; differentiable in student_ND and the student's head.
 
-    A position of weight 0 counts nowhere. Each gradient has the dtype of its tensor, and is added up
-    in it over the chunks. Memory grows with `chunk` x V, and by the head's size where it trains.
+    A position of weight 0 counts nowhere. Each gradient has the dtype of its tensor; the head's are added
+    up over the chunks in float32 at least. Memory grows with `chunk` x V, and by the head's size, in that
+    dtype, where it trains.
     """
     assert student_ND.shape[:1] == weights_N.shape
     learners = student_ND, student_head.weight_VD, student_head.bias_V
@@ -61,8 +62,9 @@ class _HiddenDivergence(torch.autograd.Function):
     ) -> Tensor:
         total = 0.0
         grad_ND = torch.empty_like(student_ND)
-        grad_VD = torch.zeros_like(weight_VD) if ctx.needs_input_grad[1] else None
-        grad_V = torch.zeros_like(bias_V) if ctx.needs_input_grad[2] else None
+        wide = torch.promote_types(weight_VD.dtype, torch.float32)
+        grad_VD = torch.zeros_like(weight_VD, dtype=wide) if ctx.needs_input_grad[1] else None
+        grad_V = torch.zeros_like(bias_V, dtype=wide) if ctx.needs_input_grad[2] else None
         parts = (tensor.split(size) for tensor in (student_ND, grad_ND, weights_N.unsqueeze(-1)))
         for target_C, student_CD, grad_CD, weights_C1 in zip(target.split(size), *parts, strict=True):
             loss_C, slope_CV = _loss_and_slope(target_C, divergence, head, student_CD)
@@ -70,10 +72,18 @@ class _HiddenDivergence(torch.autograd.Function):
             total += (loss_C * weights_C1.squeeze(-1)).sum()
             grad_CD.copy_(slope_CV @ weight_VD * weights_C1)
             if grad_VD is not None:
-                grad_VD.addmm_(slope_CV.T, (student_CD * weights_C1).to(slope_CV.dtype))
+                inputs_CD = (student_CD * weights_C1).to(slope_CV.dtype)
+                if wide == slope_CV.dtype:
+                    grad_VD.addmm_(slope_CV.T, inputs_CD)
+                else:
+                    grad_VD += slope_CV.T @ inputs_CD
             if grad_V is not None:
                 grad_V += (slope_CV * weights_C1).sum(0)
-        ctx.save_for_backward(grad_ND, grad_VD, grad_V)
+        ctx.save_for_backward(
+            grad_ND,
+            None if grad_VD is None else grad_VD.to(weight_VD.dtype),
+            None if grad_V is None else grad_V.to(bias_V.dtype),
+        )
         return total
 
     @staticmethod

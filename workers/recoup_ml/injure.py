@@ -189,7 +189,7 @@ def _change_matrices(teacher: Path, student: Path, change: Callable[[Tensor], Te
     with torch.no_grad():
         for module in decoder_blocks(model).modules():
             if isinstance(module, nn.Linear):
-                module.weight.copy_(change(module.weight))
+                module.weight.copy_(change(module.weight.float()))
     _save(model, teacher, student)
 
 

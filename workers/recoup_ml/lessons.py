@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from recoup.schemas import RolloutReport
+from recoup_ml import models
 from recoup_ml.mismatch import Mismatch
 from recoup_ml.observation import Observation
 from recoup_ml.sequences import Answered, Encoded, from_row
@@ -40,9 +41,13 @@ class Lesson:
 def distributions(
     answers: Sequence[Answered], teacher: Observation, top_k: int | None, temperature: float
 ) -> Lesson:
-    """A lesson on the whole distributions of a teacher that was observed on `answers`, or on their top."""
+    """A lesson on the whole distributions of a teacher that was observed on `answers`, or on their top.
+
+    The teacher's head lies where the student is, so that it is moved once and not for every batch.
+    """
     if top_k is None:
-        return Lesson(answers, [Hidden(hidden_ND, teacher.head) for hidden_ND in teacher.hidden])
+        head = teacher.head.on(models.device())
+        return Lesson(answers, [Hidden(hidden_ND, head) for hidden_ND in teacher.hidden])
     return Lesson(answers, likeliest(teacher, top_k, temperature))
 
 

@@ -26,6 +26,8 @@ from transformers import (
 from recoup_ml import packed
 from recoup_ml.errors import NonFiniteWeights, UnsupportedModel
 
+HALVES = frozenset({torch.bfloat16, torch.float16})
+
 
 @dataclass(frozen=True)
 class Head:
@@ -37,13 +39,24 @@ class Head:
     scale: float = 1.0
 
     def __call__(self, hidden_ND: Tensor) -> Tensor:
-        """[N, V]; half precision is raised to float32, so that softmax can be trusted."""
-        logits_NV = nn.functional.linear(hidden_ND, self.weight_VD, self.bias_V)
-        if logits_NV.dtype in {torch.bfloat16, torch.float16}:
-            logits_NV = logits_NV.float()
+        """[N, V]; float32 from half precision: rounded to bfloat16, a logit of 20 is off by 0.06."""
+        logits_NV = self._linear(hidden_ND)
         if self.scale != 1.0:
             logits_NV = logits_NV * self.scale
         return logits_NV if self.softcap is None else self.softcap * torch.tanh(logits_NV / self.softcap)
+
+    def _linear(self, hidden_ND: Tensor) -> Tensor:
+        if self.weight_VD.dtype not in HALVES:
+            return nn.functional.linear(hidden_ND, self.weight_VD, self.bias_V)
+        learns = torch.is_grad_enabled() and (hidden_ND.requires_grad or self.weight_VD.requires_grad)
+        if learns or not hidden_ND.is_cuda:  # a product with wider results is CUDA's, and has no slope
+            bias_V = None if self.bias_V is None else self.bias_V.float()
+            return nn.functional.linear(hidden_ND.float(), self.weight_VD.float(), bias_V)
+        flat_ND = hidden_ND.reshape(-1, hidden_ND.shape[-1])
+        logits_NV = torch.mm(flat_ND, self.weight_VD.T, out_dtype=torch.float32)
+        if self.bias_V is not None:
+            logits_NV += self.bias_V
+        return logits_NV.view(*hidden_ND.shape[:-1], -1)
 
     def detached(self) -> "Head":
         """The same head, keeping its present weights though the model may be changed or moved."""
@@ -53,13 +66,22 @@ class Head:
         """The same head in another tensor's dtype and on its device."""
         return self._with(lambda own: own.to(tensor))
 
+    def on(self, place: torch.device) -> "Head":
+        """The same head there."""
+        return self._with(lambda own: own.to(place))
+
     def _with(self, change: Callable[[Tensor], Tensor]) -> "Head":
         bias_V = None if self.bias_V is None else change(self.bias_V)
         return replace(self, weight_VD=change(self.weight_VD), bias_V=bias_V)
 
 
 def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The GPU that this process computes on, or the CPU."""
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
 
 
 def load(folder: Path) -> PreTrainedModel:

@@ -59,7 +59,7 @@ def cost(
         tokens_generated=diagnosis.tokens_generated + learnt,
         tokens_trained=training.tokens if training else 0,
         peak_memory_bytes=_peak_memory(),
-        device=str(models.device()),
+        device=models.device().type,
         estimate=run.estimate,
     )
 

@@ -80,14 +80,15 @@ class TopK:
         return TopK(ids_NK, log_p_NK, _log_rest(log_p_NK))
 
     def compact(self) -> "TopK":
-        """The form in which it is kept: ids of 16 bits where they fit, else of 32, and half floats.
+        """As it is kept, on the CPU: ids of 16 bits where they fit, else of 32, and half floats.
 
         A log-probability is off by a 2048th of itself at most. The tail is rounded by itself: as what is
         left of rounded log-probabilities it would mean little.
         """
         fits = int(self.ids_NK.max()) < 1 << 16
-        rest_N = self.log_rest_N if self.log_rest_N is None else self.log_rest_N.half()
-        return TopK(self.ids_NK.to(torch.uint16 if fits else torch.int32), self.log_p_NK.half(), rest_N)
+        rest_N = None if self.log_rest_N is None else self.log_rest_N.half().cpu()
+        ids_NK = self.ids_NK.cpu().to(torch.uint16 if fits else torch.int32)
+        return TopK(ids_NK, self.log_p_NK.half().cpu(), rest_N)
 
     def split(self, size: int) -> list["TopK"]:
         ids, log_p = self.ids_NK.split(size), self.log_p_NK.split(size)

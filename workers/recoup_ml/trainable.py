@@ -4,6 +4,10 @@ A pruned student's zeros are part of what it is: they make it small or fast. Ful
 holds them by masking gradients and weights. A plain adapter, ΔW = B A (LoRA, arXiv 2106.09685),
 would fill them when it is merged, so a masked one is trained instead, ΔW = M ⊙ (B A): the
 zeros of the merged matrix are, bit for bit, those of the student.
+
+Weights in half precision are not trained as they are: bfloat16 would round nearly every step of 1e-5 away.
+The optimizer has a float32 master of each, to which gradients are added as soon as they are there; the
+model holds the masters rounded.
 """
 
 import math
@@ -22,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from recoup.schemas.request import MOST_RANK
 from recoup_ml.errors import UnsupportedRequest
 from recoup_ml.hidden import decoder_blocks
+from recoup_ml.models import HALVES
 from recoup_ml.plan import Trainable
 
 
@@ -37,10 +42,17 @@ class Trainee:
     masks: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
     """Matrices of a pruned student, and where they are zero and stay so."""
 
-    @property
-    def named(self) -> dict[str, nn.Parameter]:
-        """What trains, by its name in the model."""
-        return {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+    def __post_init__(self) -> None:
+        trained = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+        self._rounded = {name: weight for name, weight in trained.items() if weight.dtype in HALVES}
+        masters = {name: _master(weight) for name, weight in self._rounded.items()}
+        self.named: dict[str, nn.Parameter] = trained | masters
+        """What the optimizer trains, by its name in the model."""
+        places = {id(weight): name for name, weight in trained.items()}
+        self.masks = [
+            (self.named[places[id(weight)]] if id(weight) in places else weight, mask)
+            for weight, mask in self.masks
+        ]
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -62,11 +74,13 @@ class Trainee:
             if weight.grad is not None:
                 weight.grad.masked_fill_(mask, 0.0)
 
-    def restore_zeros(self) -> None:
-        """Puts back what weight decay or momentum may have moved."""
-        with torch.no_grad():
-            for weight, mask in self.masks:
-                weight.masked_fill_(mask, 0.0)
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Puts back the zeros that momentum may have moved, and what was learnt into the model."""
+        for weight, mask in self.masks:
+            weight.masked_fill_(mask, 0.0)
+        for name, weight in self._rounded.items():
+            weight.copy_(self.named[name])
 
 
 def prepare(
@@ -127,6 +141,19 @@ class MaskedLowRank(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight + self.kept * (self.up @ self.down * self.scale).to(weight.dtype)
+
+
+def _master(weight: nn.Parameter) -> nn.Parameter:
+    """A float32 copy that takes over every gradient of `weight`, and adds them up."""
+    master = nn.Parameter(weight.detach().float())
+
+    def take(_weight: Tensor) -> None:
+        if weight.grad is not None:
+            master.grad = weight.grad.float() if master.grad is None else master.grad.add_(weight.grad)
+            weight.grad = None
+
+    weight.register_post_accumulate_grad_hook(take)
+    return master
 
 
 def _full(student: PreTrainedModel, keep_zeros: bool) -> Trainee:

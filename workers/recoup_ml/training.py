@@ -141,6 +141,7 @@ class Training:
         with torch.no_grad():
             for name, weight in found.group("weights").items():
                 self.trainee.named[name].copy_(weight)
+        self.trainee.settle()
         restore_moments(self._optimizer, self.trainee.named, found.group("moments"))
         self._curve = [TrainingPoint(**point) for point in found.state["curve"]]
         self._checkpoints = [Checkpoint(**point) for point in found.state["checkpoints"]]
@@ -235,7 +236,7 @@ class Training:
             group["lr"] = rate
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        self.trainee.restore_zeros()
+        self.trainee.settle()
         self._curve.append(TrainingPoint(step=len(self._curve) + 1, loss=losses[0], learning_rate=rate))
         self.watchers.tell(self._curve[-1])
         return losses[0]
