@@ -190,14 +190,15 @@ def test_a_student_of_compressed_tensors_learns(
     pytest.importorskip("compressed_tensors")
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import (
+        QuantizationArgs,
         QuantizationConfig,
+        QuantizationScheme,
         QuantizationStatus,
         apply_quantization_config,
-        preset_name_to_scheme,
     )
 
     model = models.load(half(teacher)).cpu()
-    scheme = preset_name_to_scheme("W8A16", ["Linear"])
+    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(num_bits=8, strategy="channel"))
     config = QuantizationConfig(
         config_groups={"group_0": scheme},
         ignore=["lm_head"],
@@ -212,8 +213,8 @@ def test_a_student_of_compressed_tensors_learns(
                 module.weight_scale.data.copy_(most_O1 / 127)
     student = tmp_path / "packed"
     compressor = ModelCompressor.from_pretrained_model(model)
-    state = compressor.compress(model)
-    model.save_pretrained(student, state_dict=state)
+    compressor.compress_model(model)
+    model.save_pretrained(student)
     compressor.update_config(str(student))
     models.load_tokenizer(teacher).save_pretrained(student)
     request = SMALL | {"training": TRAINING | LORA, "student": {"source": "packed"}}
