@@ -15,7 +15,11 @@ from recoup_ml.run import Interrupted, Run
 from recoup_ml.tickets import ticket_rows
 from recoup_ml.weights import Weights, block_of, zeros_filled
 
-pytestmark = pytest.mark.usefixtures("blank_pictures")
+pytestmark = [
+    pytest.mark.usefixtures("blank_pictures"),
+    # models of the tests are narrower than the fast kernels of bitsandbytes want them
+    pytest.mark.filterwarnings("ignore:inner dimension:UserWarning"),
+]
 Student = Callable[[str], Path]
 Half = Callable[[Path], Path]
 SMALL: dict[str, Any] = {
