@@ -235,7 +235,7 @@ def memory_of(name: str, size: Size, asked: Asked) -> Found:
     trainee = trainee_of(student)
     trained = sum(weight.numel() for weight in trainee.parameters)
     shape = room.Shape.of(student)
-    at_once = room.tokens_at_once(room.free_bytes(device()), shape, trained)
+    at_once = room.room_for(room.free_bytes(device()), shape, trained).tokens
     each = room.ACTIVATIONS * shape.number_bytes * shape.hidden * shape.layers
     head = 4 * room.HEAD_COPIES * fused.CHUNK["cuda"] * shape.vocabulary
     print(f"\n{name}: weights {gib(weights)} GiB, {trained:,} trained parameters; {at_once:,} tokens at once")
@@ -312,9 +312,8 @@ def dry_run(student: PreTrainedModel, at_once: int) -> Found:
     amounts = estimate.Amounts(rows=512, prompt_tokens=128)
     need = estimate.need_of(request, plan_of(64, 8), sizes, sizes, amounts, machine)
     training = sizes.loaded_bytes(machine) + estimate.OPTIMIZER_BYTES * RANK * sizes.edges
-    each = 2 * estimate.ACTIVATIONS * sizes.hidden * sizes.layers
     logits = 4 * estimate.FORMS_OF_LOSS * machine.logit_rows * sizes.vocabulary
-    tokens = estimate.micro_tokens(each, training + logits, machine)
+    tokens, each = estimate.micro_batch(2 * sizes.hidden, sizes.layers, training + logits, machine)
     print(
         f"a dry run for 80 GB: {gib(need.memory_bytes)} GiB, of it weights and optimizer {gib(training)}, "
         f"activations of {tokens:,} tokens {gib(tokens * each + logits)} (room.py here: {at_once:,} tokens)"

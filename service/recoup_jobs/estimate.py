@@ -32,9 +32,10 @@ SAMPLES, KEPT, WINDOWS, WINDOW_TOKENS, CALIBRATION, TRIALS = 16, 128, 32, 128, 6
 VALIDATIONS, TEST_SHARE, VALIDATION_SHARE = 8, 0.20, 0.12
 TASK_ROWS_KNOWN = 256
 DEFAULT_KEEP_TOKENS = 64
-FORMS_OF_LOSS = 4
+FORMS_OF_LOSS = 6
 """Pieces of logits that a divergence holds at once."""
-CPU_TOKENS, FEWEST_TOKENS, MOST_TOKENS, SHARE = 256, 256, 16_384, 0.5
+CPU_TOKENS, FEWEST_TOKENS, MOST_TOKENS, SHARE = 256, 256, 8_192, 0.5
+RECOMPUTED, WORKING, RECOMPUTE_BELOW = 2, 2, 1024
 """As in `recoup_ml/room.py`, which settles by what is free how many tokens go through a student at once."""
 
 
@@ -63,7 +64,7 @@ def machine_of(queue: str) -> Machine:
     if queue == CPU_QUEUE:
         return CPU
     named = re.fullmatch(r"gpu\.\d+x(\d+)g", queue)
-    return Machine(None, 1024, (int(named[1]) if named else GPU_GIB) << 30)
+    return Machine(None, 512, (int(named[1]) if named else GPU_GIB) << 30)
 
 
 @dataclass(frozen=True)
@@ -269,17 +270,31 @@ def _trained(plan: Planned, student: Sizes) -> int:
 
 def _activations(student: Sizes, training: int, machine: Machine) -> int:
     """Of the tokens that go through at once, beside weights and optimizer of `training` bytes."""
-    each = (machine.weight_bytes or 2) * ACTIVATIONS * student.hidden * student.layers
+    width = (machine.weight_bytes or 2) * student.hidden
     logits = 4 * FORMS_OF_LOSS * machine.logit_rows * student.vocabulary
-    return micro_tokens(each, training + logits, machine) * each + logits
+    tokens, each = micro_batch(width, student.layers, training + logits, machine)
+    return tokens * each + logits
 
 
-def micro_tokens(each: int, held: int, machine: Machine) -> int:
-    """How many tokens of `each` bytes go through a student at once, where `held` bytes are taken."""
+def micro_batch(width: int, layers: int, held: int, machine: Machine) -> tuple[int, int]:
+    """How many tokens go through a student at once, and the bytes that each keeps.
+
+    Args:
+        width: bytes of a hidden state.
+        held: bytes that are taken already.
+    """
+    plain = ACTIVATIONS * width * layers
     if machine.gpu_bytes is None:
-        return CPU_TOKENS
-    room = int(SHARE * max(0, machine.gpu_bytes - held) / max(1, each))
-    return max(FEWEST_TOKENS, min(MOST_TOKENS, 1 << max(0, room.bit_length() - 1)))
+        return CPU_TOKENS, plain
+    room = SHARE * max(0, machine.gpu_bytes - held)
+    if room >= RECOMPUTE_BELOW * plain:
+        return _power_of_two(int(room / max(1, plain))), plain
+    again = width * (RECOMPUTED * layers + WORKING * ACTIVATIONS)
+    return _power_of_two(int(room / max(1, again))), again
+
+
+def _power_of_two(tokens: int) -> int:
+    return max(FEWEST_TOKENS, min(MOST_TOKENS, 1 << max(0, tokens.bit_length() - 1)))
 
 
 def _disk(request: CreateRecovery, plan: Planned, student: Sizes, trained: int, amounts: Amounts) -> int:

@@ -9,16 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from recoup.schemas import ChatRow, Checkpoint, TrainingPoint, TrainingReport
-from recoup_ml import models
+from recoup_ml import models, training
 from recoup_ml.generate import LocalEngine
 from recoup_ml.lessons import FixedCourse, Lesson, distributions, texts
 from recoup_ml.mismatch import weights
 from recoup_ml.objective import Divergence
 from recoup_ml.observation import observe
 from recoup_ml.plan import Phase, Plan, Trainable
+from recoup_ml.room import Room
 from recoup_ml.scores import compare
 from recoup_ml.sequences import Answered, batches, encode, packs
 from recoup_ml.tickets import ticket_rows
@@ -129,6 +133,30 @@ def test_a_seed_gives_the_same_weights_twice(
     assert first.report.curve == again.report.curve
     assert first.report.checkpoints == again.report.checkpoints
     assert not same(first.best, other.best)
+
+
+@MODES
+def test_layers_that_are_run_again_learn_the_same(
+    plan: Plan,
+    student: Student,
+    lesson: Lesson,
+    trained: Callable[..., Trained],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runs: list[nn.Module] = []
+    short = planned(plan, steps=3)
+    counting = register_module_forward_pre_hook(
+        lambda module, _: runs.append(module) if isinstance(module, LlamaMLP) else None
+    )
+    try:
+        kept = trained(student("finetuned"), [lesson], short)
+        once = len(runs)
+        monkeypatch.setattr(training, "room_for", lambda *_, may_recompute: Room(256, may_recompute))
+        again = trained(student("finetuned"), [lesson], short)
+    finally:
+        counting.remove()
+    assert len(runs) - once > once
+    assert same(kept.best, again.best)
 
 
 @MODES

@@ -109,7 +109,12 @@ def prepare(
         return Trainee(student, "norms")
     if plan.keep_zeros:
         return _masked_lora(student, plan)
-    return Trainee(student, plan.mode, get_peft_model(student, _config(student, plan, distance_by_layer)))
+    adapter = get_peft_model(
+        student,
+        _config(student, plan, distance_by_layer),
+        autocast_adapter_dtype=plan.mode == "dora",  # which divides by norms; others have float32 masters
+    )
+    return Trainee(student, plan.mode, adapter)
 
 
 def ranks(rank: int, distance_by_layer: Sequence[float]) -> list[int]:

@@ -25,7 +25,7 @@ from recoup_ml.models import can_pack, head, last_hidden
 from recoup_ml.objective import Divergence
 from recoup_ml.plan import Phase, Plan
 from recoup_ml.regulariser import Regulariser
-from recoup_ml.room import Shape, free_bytes, tokens_at_once
+from recoup_ml.room import Shape, free_bytes, room_for
 from recoup_ml.run import Interrupted
 from recoup_ml.sequences import Answered, Batch, batches, packs
 from recoup_ml.snapshots import Snapshot, Snapshots, dice, moments, restore_dice, restore_moments
@@ -254,8 +254,16 @@ class Training:
         """Tokens that go through the student at once; the same for all processes, which share the pieces."""
         model, born = self.trainee.model, bool(self._optimizer.state)
         unborn = 0 if born else sum(weight.numel() for weight in self.trainee.parameters)
-        mine = tokens_at_once(free_bytes(model.device), Shape.of(model), unborn)
-        return min(self.team.gathered(mine)) >> self.halvings
+        room = room_for(
+            free_bytes(model.device), Shape.of(model), unborn, may_recompute=self._may_recompute()
+        )
+        if room.recomputes:
+            model.activation_checkpointing_enable()
+        return min(self.team.gathered(room.tokens)) >> self.halvings
+
+    def _may_recompute(self) -> bool:
+        """A regulariser reads states where they pass; those of a second run would count twice."""
+        return self.regulariser is None and self.trainee.model.supports_gradient_checkpointing
 
     def _validate(self, phase: Phase) -> Stopped | None:
         """Adds a checkpoint, marked as chosen if it is the best so far; says whether to stop."""

@@ -17,7 +17,7 @@ from recoup_ml.models import Head
 from recoup_ml.objective import Divergence
 from recoup_ml.observation import observe
 from recoup_ml.plan import Trainable
-from recoup_ml.room import Shape, free_bytes, tokens_at_once
+from recoup_ml.room import Shape, free_bytes, room_for
 from recoup_ml.scores import compare
 from recoup_ml.sequences import Answered, batches, packs
 from recoup_ml.targets import Hidden, Tokens, TopK
@@ -227,7 +227,7 @@ def test_out_of_memory_says_so_and_fewer_tokens_have_room(
 
     shape = Shape.of(model)
     before = free_bytes(model.device)
-    assert tokens_at_once(before, shape, 0) >= tokens_at_once(before // 64, shape, 0)
+    assert room_for(before, shape, 0).tokens >= room_for(before // 64, shape, 0).tokens
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(0.02)
     try:
