@@ -62,6 +62,7 @@ class Ledger:
 
     def close(self) -> None:
         self.engine.dispose()
+        self._reader.dispose()
 
     def reading(self) -> AbstractContextManager[Connection]:
         """A connection that never waits for a writer."""
