@@ -39,7 +39,7 @@ def create(
 
     def make(keep: Keep) -> Answer:
         def keep_accepted(conn: Connection, made: Deployment) -> None:
-            keep(conn, _accepted(made))
+            keep(conn, lambda: _accepted(made))
 
         if not settings.serve_urls:
             message = "this installation has no servers to deploy to; name some in RECOUP_SERVE_URLS"
@@ -47,7 +47,7 @@ def create(
         new = prepared(body, ledger, settings, caller.tenant)
         return _accepted(deployments.add(new, settings.max_deployments, keep_accepted))
 
-    return answer_once(request, idempotency_key, body.model_dump_json(), make)
+    return answer_once(request, idempotency_key, body.model_dump_json, make)
 
 
 @router.get("")

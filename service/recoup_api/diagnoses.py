@@ -50,12 +50,12 @@ def create(
     def make(keep: Keep) -> Answer:
         def also(conn: Connection, job: Recovery) -> None:
             require_room_for_job(conn, caller.tenant, settings.max_live_jobs)
-            keep(conn, DIAGNOSIS.accepted(job))
+            keep(conn, lambda: DIAGNOSIS.accepted(job))
 
         preflight(asked, ledger, settings, caller.tenant, inspections)
         return DIAGNOSIS.accepted(ledger.create(asked, settings.queue, caller.tenant, also, "diagnosis"))
 
-    return answer_once(request, idempotency_key, body.model_dump_json(), make)
+    return answer_once(request, idempotency_key, body.model_dump_json, make)
 
 
 def _detailed(job: Recovery, ledger: Ledger, settings: Settings) -> Diagnosis:

@@ -50,8 +50,7 @@ def upload(
         also = partial(_keep_stored, keep)
         return _stored(store_file(ledger, settings, what, _chunks(file), also))
 
-    asked = f"{what} {_digest(file)}" if idempotency_key else ""
-    return answer_once(request, idempotency_key, asked, make)
+    return answer_once(request, idempotency_key, lambda: f"{what} {_digest(file)}", make)
 
 
 @router.get("")
@@ -88,7 +87,7 @@ def _stored(file: File) -> Answer:
 
 
 def _keep_stored(keep: Keep, conn: Connection, file: File) -> None:
-    keep(conn, _stored(file))
+    keep(conn, lambda: _stored(file))
 
 
 def _digest(file: UploadFile) -> str:

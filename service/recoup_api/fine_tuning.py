@@ -65,7 +65,7 @@ def create(
     def make(keep: Keep) -> Answer:
         def also(conn: Connection, new: Recovery) -> None:
             require_room_for_job(conn, caller.tenant, settings.max_live_jobs)
-            keep(conn, answer(new))
+            keep(conn, lambda: answer(new))
 
         recovery = as_recovery(body, settings.aliases, _rows(ledger, caller, body))
         try:
@@ -77,7 +77,7 @@ def create(
     def answer(recovery: Recovery) -> Answer:
         return Answer(200, {}, json.dumps(as_job(recovery, settings.aliases, caller.tenant)))
 
-    return answer_once(request, idempotency_key, body.model_dump_json(), make)
+    return answer_once(request, idempotency_key, body.model_dump_json, make)
 
 
 @router.get("", openapi_extra=METADATA_PARAMETER)

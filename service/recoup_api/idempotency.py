@@ -22,8 +22,8 @@ from recoup_jobs.ledger import Ledger
 
 GRAMMAR = r"^[\x21-\x7e]{1,255}$"
 
-Keep = Callable[[Connection, Answer], None]
-"""Called inside the transaction that creates."""
+Keep = Callable[[Connection, Callable[[], Answer]], None]
+"""Called inside the transaction that creates; asks for the answer only if there is a key."""
 
 IdempotencyKey = Annotated[
     str | None, Header(alias="Idempotency-Key", json_schema_extra={"pattern": GRAMMAR, "minLength": 1})
@@ -52,20 +52,23 @@ class InFlightKeys:
 
 
 def answer_once(
-    request: Request, key: str | None, fingerprint: str, make: Callable[[Keep], Answer]
+    request: Request, key: str | None, asked_for: Callable[[], str], make: Callable[[Keep], Answer]
 ) -> Response:
-    """What `make` answers, or answered before; `make` passes what it is given on into its transaction."""
+    """What `make` answers, or answered before; `make` passes what it is given on into its transaction.
+
+    `asked_for` tells what a retry must repeat; it is not called where there is no key.
+    """
     require_key(key)
     if key is None:
         return _response(make(lambda *_: None))
     ledger: Ledger = request.app.state.ledger
-    asked = answers.Request(request.state.caller.tenant, key, _whole(request, fingerprint))
+    asked = answers.Request(request.state.caller.tenant, key, _whole(request, asked_for()))
     in_flight: InFlightKeys = request.app.state.in_flight
     with in_flight.alone(asked):
         if (given := answers.recall(ledger, asked)) is not None:
             return _again(asked, given)
         try:
-            return _response(make(lambda conn, answer: answers.remember(conn, asked, answer)))
+            return _response(make(lambda conn, answer: answers.remember(conn, asked, answer())))
         except IntegrityError:  # another process was faster
             if (given := answers.recall(ledger, asked)) is None:
                 raise
@@ -82,9 +85,9 @@ def fingerprint_of(*parts: bytes) -> str:
     return hashlib.sha256(b"\x00".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 
 
-def _whole(request: Request, fingerprint: str) -> str:
+def _whole(request: Request, asked_for: str) -> str:
     where = f"{request.method} {request.url.path}?{request.url.query}"
-    return fingerprint_of(where.encode(), fingerprint.encode())
+    return fingerprint_of(where.encode(), asked_for.encode())
 
 
 def _again(asked: answers.Request, given: answers.Given) -> Response:

@@ -153,9 +153,9 @@ def _add_verbs(router: APIRouter, kind: Kind[Any]) -> None:
         """A new job that repeats one which failed or was cancelled."""
 
         def make(keep: Keep) -> Answer:
-            return kind.accepted(ledger.retry(id, lambda conn, job: keep(conn, kind.accepted(job))))
+            return kind.accepted(ledger.retry(id, lambda conn, job: keep(conn, lambda: kind.accepted(job))))
 
-        return answer_once(request, idempotency_key, "", make)
+        return answer_once(request, idempotency_key, str, make)
 
 
 def _add_history(router: APIRouter) -> None:

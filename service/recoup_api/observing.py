@@ -6,7 +6,9 @@ nothing of the service.
 """
 
 import time
+from functools import cache
 
+from prometheus_client import Counter, Histogram
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -34,7 +36,7 @@ class Observing:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                HTTP_SECONDS.labels(method, _route(scope)).observe(time.perf_counter() - began)
+                _seconds(method, _route(scope)).observe(time.perf_counter() - began)
             await send(message)
 
         parent = Headers(scope=scope).get("traceparent")
@@ -42,7 +44,20 @@ class Observing:
             try:
                 await self._app(scope, receive, send_watched)
             finally:
-                HTTP_REQUESTS.labels(method, _route(scope), str(status)).inc()
+                _requests(method, _route(scope), status).inc()
+
+
+# Labels take values from fixed lists, so there are no more of these than routes, methods and statuses.
+
+
+@cache
+def _seconds(method: str, route: str) -> Histogram:
+    return HTTP_SECONDS.labels(method, route)
+
+
+@cache
+def _requests(method: str, route: str, status: int) -> Counter:
+    return HTTP_REQUESTS.labels(method, route, str(status))
 
 
 def _route(scope: Scope) -> str:

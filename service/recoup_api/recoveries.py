@@ -75,13 +75,13 @@ def _created(request: Request, body: CreateRecovery, key: str | None) -> Respons
     def make(keep: Keep) -> Answer:
         def also(conn: Connection, job: Recovery) -> None:
             require_room_for_job(conn, tenant, settings.max_live_jobs)
-            keep(conn, RECOVERY.accepted(job))
+            keep(conn, lambda: RECOVERY.accepted(job))
 
         seen = preflight(body, state.ledger, settings, tenant, state.inspections)
         require_servable(body, seen, state.ledger, settings)
         return RECOVERY.accepted(state.ledger.create(body, settings.queue, tenant, also))
 
-    return answer_once(request, key, body.model_dump_json(), make)
+    return answer_once(request, key, body.model_dump_json, make)
 
 
 add_to(router, RECOVERY)

@@ -65,7 +65,9 @@ def for_jobs(kind: JobKind) -> Callable[[Request], Awaitable[None]]:
         if kind_of(id) != kind:
             raise NotFound(f"{kind}_not_found", f"there is no {kind} of this id")
         ledger: Ledger = request.app.state.ledger
-        request.state.job = await in_thread(ledger.get, id, request.state.caller.tenant)
+        tenant = request.state.caller.tenant
+        near = ledger.is_near
+        request.state.job = ledger.get(id, tenant) if near else await in_thread(ledger.get, id, tenant)
 
     return check
 

@@ -2,9 +2,11 @@
 
 SQLite: WAL, so that readers never wait for the writer; every write transaction is `BEGIN
 IMMEDIATE`, because a reader that turns into a writer fails at once instead of waiting;
-`synchronous=FULL`, because a claim must survive power loss. One host, a local disk. Who waits
-for the writer asks again at short random intervals: SQLite's own handler asks the less often
-the longer it has waited, so that under load the oldest waiter never gets its turn.
+`synchronous=FULL`, because a claim must survive power loss. One host, a local disk. A process
+writes over one connection, for which its threads queue, and whose cache of pages nobody else
+makes stale. Who waits for the writer of another process asks again at short random intervals:
+SQLite's own handler asks the less often the longer it has waited, so that under load the oldest
+waiter never gets its turn.
 
 Migrations run once, under a lock that all processes of an installation share.
 """
@@ -16,7 +18,7 @@ import random
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,7 @@ MIGRATION_LOCK = 0x7265636F7570  # "recoup"
 AWAY = (OperationalError, InterfaceError, PoolTimeout)
 """How it shows that the database cannot be reached, or will not answer in time."""
 PAUSE_SECONDS = 0.25
-READER_BUSY_MS, WRITER_BUSY_SECONDS = 15_000, 15.0
+READER_BUSY_SECONDS = WRITER_BUSY_SECONDS = 15.0
 POSTGRESQL = {"connect_timeout": 5, "tcp_user_timeout": 10_000}
 """A server that vanished without a word is noticed before a lease runs out."""
 
@@ -52,18 +54,23 @@ def connect(url: str) -> Engine:
     """An engine with the right habits; nothing is opened yet."""
     if make_url(url).get_backend_name() != "sqlite":
         return create_engine(url, pool_pre_ping=True, connect_args=POSTGRESQL, **HABITS)
-    engine = create_engine(url, **HABITS)
+    one = {"pool_size": 1, "max_overflow": 0, "pool_timeout": WRITER_BUSY_SECONDS}
+    engine = create_engine(url, connect_args={"timeout": 0}, **one, **HABITS)
     event.listen(engine, "connect", _set_up_sqlite)
     event.listen(engine, "begin", _begin_to_write)
     return engine
 
 
 def reader_of(engine: Engine) -> Engine:
-    """The engine, with the same connections, of those who only read: they never wait for a writer."""
+    """The engine of those who only read: they never wait for a writer.
+
+    Each statement sees one state of the database, two may see two: as on PostgreSQL.
+    """
     if engine.dialect.name != "sqlite":
         return engine
-    reader = create_engine(engine.url, pool=engine.pool, **HABITS)
-    event.listen(reader, "begin", lambda connection: _driver(connection).execute("BEGIN"))
+    as_many_as_ask: dict[str, Any] = {"max_overflow": -1, "connect_args": {"timeout": READER_BUSY_SECONDS}}
+    reader = create_engine(engine.url, **as_many_as_ask, **HABITS)
+    event.listen(reader, "connect", _set_up_sqlite)
     return reader
 
 
@@ -116,33 +123,26 @@ def _migration_lock(engine: Engine) -> Iterator[None]:
         return
     with Path(f"{engine.url.database}.migrating").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        raw = engine.raw_connection()
-        raw.cursor().execute("PRAGMA journal_mode = WAL")
-        raw.close()
+        with closing(sqlite3.connect(str(engine.url.database))) as raw:
+            raw.execute("PRAGMA journal_mode = WAL")
         yield
 
 
 def _set_up_sqlite(connection: Any, _record: Any) -> None:
     connection.isolation_level = None  # the driver must not begin transactions by itself
-    for pragma in (f"busy_timeout = {READER_BUSY_MS}", "foreign_keys = ON", "synchronous = FULL"):
+    for pragma in ("foreign_keys = ON", "synchronous = FULL"):
         connection.execute(f"PRAGMA {pragma}")
 
 
-def _driver(connection: Connection) -> sqlite3.Connection:
-    """Beneath SQLAlchemy, whose own way to a small statement costs more than the statement."""
-    return connection.connection.dbapi_connection  # type: ignore[return-value]
-
-
 def _begin_to_write(connection: Connection) -> None:
-    driver = _driver(connection)
-    driver.execute("PRAGMA busy_timeout = 0")
+    # Beneath SQLAlchemy, whose own way to a small statement costs more than the statement.
+    driver: Any = connection.connection.dbapi_connection
     until = time.monotonic() + WRITER_BUSY_SECONDS
     while not _has_turn(driver):
         if time.monotonic() > until:
             connection.exec_driver_sql("BEGIN IMMEDIATE")  # raises what SQLAlchemy's callers catch
             break
         time.sleep(random.uniform(0.001, 0.005))
-    driver.execute(f"PRAGMA busy_timeout = {READER_BUSY_MS}")
 
 
 def _has_turn(driver: sqlite3.Connection) -> bool:

@@ -9,7 +9,6 @@ training (weights, gradients, AdamW's two moments, the activations of a micro-ba
 are learnt from). One model is in memory at a time, unless the teacher must answer beside the student.
 """
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from typing import Any, Protocol
 
 from recoup.schemas import Choice, ComposedPrompts, CreateRecovery, Stage
 from recoup_jobs.inspection import Model
-from recoup_jobs.weights import BITS_BY_DTYPE, TensorInfo
 
 GENERATING, TRAINING = 2, 3
 """Passes of one token through a model that a generated and a trained token are counted as."""
@@ -49,6 +47,10 @@ class Machine:
     """Positions whose logits are held at once."""
     gpu_bytes: int | None = None
     """Memory of one GPU; None: a CPU."""
+
+    def loaded_bytes(self, parameters: int, stored_bytes: int) -> int:
+        """What weights take here."""
+        return max(stored_bytes, (self.weight_bytes or 0) * parameters)
 
 
 CPU = Machine(weight_bytes=4, logit_rows=128)
@@ -82,8 +84,7 @@ class Sizes:
     vocabulary: int
 
     def loaded_bytes(self, machine: Machine) -> int:
-        each = machine.weight_bytes
-        return self.stored_bytes if each is None else max(self.stored_bytes, each * self.parameters)
+        return machine.loaded_bytes(self.parameters, self.stored_bytes)
 
 
 @dataclass(frozen=True)
@@ -178,8 +179,8 @@ def sizes_of(model: Model, hidden: Any, layers: Any) -> Sizes:
     matrices = [info.shape for name, info in tensors.items() if len(info.shape) == 2 and _is_linear(name)]
     embeddings = (info.shape[0] for name, info in tensors.items() if "embed" in name and info.shape)
     return Sizes(
-        parameters=sum(math.prod(info.shape) for info in tensors.values()),
-        stored_bytes=sum(map(_bytes, tensors.values())),
+        parameters=model.parameters,
+        stored_bytes=model.stored_bytes,
         edges=sum(rows + columns for rows, columns in matrices),
         vectors=sum(info.shape[0] for info in tensors.values() if len(info.shape) == 1),
         hidden=hidden if isinstance(hidden, int) else 0,
@@ -310,7 +311,3 @@ def _disk(request: CreateRecovery, plan: Planned, student: Sizes, trained: int, 
 
 def _is_linear(name: str) -> bool:
     return "embed" not in name and "lm_head" not in name
-
-
-def _bytes(info: TensorInfo) -> int:
-    return math.prod(info.shape) * BITS_BY_DTYPE[info.dtype] // 8

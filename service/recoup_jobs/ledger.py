@@ -7,6 +7,7 @@ their claim's epoch. Each method is one transaction; each change of state comes 
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import lru_cache
 from typing import Any, Literal
 
 from sqlalchemy import Connection, Engine, Row, and_, bindparam, insert, or_, select, update
@@ -57,11 +58,14 @@ class Ledger:
     ) -> None:
         self.engine = engine
         self._reader = reader_of(engine)
+        self.is_near = engine.dialect.name == "sqlite"
+        """A job is read from a file of this machine, in less time than it takes to wake a thread for it."""
         self._max_failures = max_application_failures
         self._max_losses = max_infrastructure_losses
 
     def close(self) -> None:
         self.engine.dispose()
+        self._reader.dispose()
 
     def reading(self) -> AbstractContextManager[Connection]:
         """A connection that never waits for a writer."""
@@ -354,7 +358,7 @@ def _recovery(row: Row[Any], request: CreateRecovery | None = None) -> Recovery:
         outcome=row.outcome,
         error=row.error and JobError(**row.error),
         progress=row.progress and Progress(**row.progress),
-        request=request or CreateRecovery.model_validate_json(row.request),
+        request=request or _request(row.request),
         pausing=row.pausing,
         retry_of=row.retry_of,
         epoch=row.epoch,
@@ -365,6 +369,12 @@ def _recovery(row: Row[Any], request: CreateRecovery | None = None) -> Recovery:
         started_at=row.started_at,
         finished_at=row.finished_at,
     )
+
+
+@lru_cache(maxsize=256)
+def _request(text: str) -> CreateRecovery:
+    """Who follows a job reads it again and again, and what was asked stays as it was."""
+    return CreateRecovery.model_validate_json(text)
 
 
 def as_event(row: Row[Any]) -> Event:

@@ -23,14 +23,13 @@ from recoup.schemas import (
 from recoup.schemas.request import MODEL_KINDS, TEACHING_METHODS
 from recoup_jobs.datasets import PromptSource, iter_prompts, require_kind
 from recoup_jobs.errors import Unprocessable
-from recoup_jobs.estimate import machine_of, sizes_of
+from recoup_jobs.estimate import machine_of
 from recoup_jobs.findings import Findings, refuse
 from recoup_jobs.inspection import Inspections, Model
 from recoup_jobs.ledger import Ledger
 from recoup_jobs.machines import most_memory
 from recoup_jobs.rows import RowKind
 from recoup_jobs.settings import Settings
-from recoup_jobs.sources import locate
 
 SMALL_BYTES = 1 << 30
 """A model that fits into any worker."""
@@ -125,7 +124,7 @@ def _inspected(
     findings: Findings, pointer: str, ref: ModelRef, settings: Settings, known: Inspections
 ) -> Model | None:
     with findings.at(pointer):
-        found = known.of(locate(ref.source, settings.model_roots))
+        found = known.named(ref.source, settings.model_roots)
         findings.items += [ProblemItem(pointer=pointer, code=c, message=m) for c, m in found.faults]
         return found.model
     return None
@@ -189,7 +188,7 @@ def _require_a_template(teacher: Model) -> None:
 
 def _require_a_machine(model: Model, ledger: Ledger, queue: str) -> None:
     """Some worker of this class can hold the weights; where none has told of itself, one may come."""
-    needed = sizes_of(model, None, None).loaded_bytes(machine_of(queue))
+    needed = machine_of(queue).loaded_bytes(model.parameters, model.stored_bytes)
     if needed < SMALL_BYTES:
         return
     there_is = most_memory(ledger, queue)
@@ -307,7 +306,7 @@ def _logits(model: Model) -> Any:
 
 
 def _vocabulary(model: Model) -> str:
-    tokens = "no tokenizer.json" if model.vocabulary is None else f"{len(model.vocabulary)} tokens"
+    tokens = "no tokenizer.json" if model.vocabulary is None else f"{model.vocabulary.size} tokens"
     return f"{tokens}, vocab_size {_shown(_logits(model))}"
 
 

@@ -25,7 +25,6 @@ ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
 
 _W3C = TraceContextTextMapPropagator()
 _NOTHING = context.Context()
-_NUMBER = random.SystemRandom()
 _TRACER = trace.get_tracer("recoup")
 """Stands for the real one, once `start` has set that."""
 
@@ -77,5 +76,5 @@ def headers() -> Mapping[str, str]:
 
 
 def _new_context() -> SpanContext:
-    trace_id, span_id = _NUMBER.getrandbits(128) or 1, _NUMBER.getrandbits(64) or 1
+    trace_id, span_id = random.getrandbits(128) or 1, random.getrandbits(64) or 1
     return SpanContext(trace_id, span_id, is_remote=False, trace_flags=TraceFlags(TraceFlags.DEFAULT))

@@ -41,6 +41,10 @@ class TensorInfo(BaseModel):
     shape: Annotated[list[Size], Field(max_length=64)]
     data_offsets: tuple[Size, Size]
 
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * BITS_BY_DTYPE[self.dtype] // 8
+
 
 Header = TypeAdapter(dict[str, TensorInfo])
 

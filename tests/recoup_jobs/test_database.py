@@ -5,12 +5,11 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import JSON, Boolean, Float, Integer, MetaData, String, insert, select, text
+from sqlalchemy import JSON, Boolean, Float, Integer, MetaData, String, insert, select, text, update
 
-from recoup.schemas import CreateRecovery, ModelRef
 from recoup_jobs.database import MIGRATIONS, connect, migrate, migrations
 from recoup_jobs.ledger import Ledger
-from recoup_jobs.tables import metadata
+from recoup_jobs.tables import jobs, metadata
 
 OLD_JOB = """
 INSERT INTO jobs (id, state, request, priority, queue, epoch, version, last_seq, owner, lease_until,
@@ -40,24 +39,38 @@ def test_processes_that_start_together_migrate_once(settings):
         engine.dispose()
 
 
-def test_an_upgrade_keeps_the_jobs_of_the_first_revision_and_their_history(settings):
+def test_an_upgrade_keeps_the_jobs_of_the_first_revision_and_their_history(settings, asked):
     settings.home.mkdir()
     engine = connect(str(settings.database_url))
-    request = CreateRecovery(student=ModelRef(source="s"), teacher=ModelRef(source="t"))
     with engine.begin() as conn:
         command.upgrade(migrations(conn), "0001")
-        conn.execute(text(OLD_JOB), {"request": request.model_dump_json()})
+        conn.execute(text(OLD_JOB), {"request": asked.model_dump_json()})
         conn.execute(
             text("INSERT INTO events VALUES ('rec_000000000000000000000001', 1, 1, 'log', '{}', 3.0)")
         )
     migrate(engine)
     ledger = Ledger(engine)
     (job,) = ledger.list(None, 10).data
-    assert (job.state, job.epoch, job.losses, job.pausing, job.request) == ("running", 1, 2, False, request)
+    assert (job.state, job.epoch, job.losses, job.pausing, job.request) == ("running", 1, 2, False, asked)
     assert [event.seq for event in ledger.events(job.id, 0, 10).data] == [1]
     assert ledger.claim("worker", ["gpu.cpu"], 30).epoch == 2
     assert ledger.lead("sweeper", "me", 30)
-    engine.dispose()
+    ledger.close()
+
+
+def test_who_reads_waits_for_nobody_who_writes(ledger, asked):
+    id = ledger.create(asked, "gpu.cpu").id
+    with ledger.engine.begin() as conn:
+        conn.execute(update(jobs).values(priority=7, version=2))
+        assert ledger.get(id).version == 1
+    assert ledger.get(id).version == 2
+
+
+def test_many_threads_write_each_in_its_turn(ledger, asked):
+    with ThreadPoolExecutor(16) as pool:
+        made = list(pool.map(lambda _: ledger.create(asked, "gpu.cpu").id, range(64)))
+    assert len({*made}) == 64
+    assert len(ledger.list(None, 100).data) == 64
 
 
 @pytest.fixture

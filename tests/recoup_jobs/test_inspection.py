@@ -57,3 +57,40 @@ def test_no_more_is_kept_than_fits(settings, write_model, monkeypatch):
         write_model(name)
         known.of(locate(name, settings.model_roots))
     assert len(known._kept) == 2
+
+
+@pytest.fixture
+def clock():
+    """Stands still until a test moves it."""
+    return [100.0]
+
+
+@pytest.fixture
+def named(settings, clock):
+    known = Inspections(lambda: clock[0])
+    return lambda: known.named("student", settings.model_roots)
+
+
+def test_a_sound_folder_is_looked_at_again_after_a_second(named, clock, folder):
+    before = named()
+    (folder.path / "config.json").write_text("no JSON")
+    assert named() is before
+    clock[0] += inspection.SOUND_SECONDS
+    assert {code for code, _ in named().faults} == {"invalid_model"}
+
+
+def test_a_folder_with_a_fault_is_looked_at_each_time(named, folder):
+    config = (folder.path / "config.json").read_text()
+    (folder.path / "config.json").write_text("no JSON")
+    assert named().faults
+    (folder.path / "config.json").write_text(config)
+    assert named().faults == ()
+
+
+def test_what_was_sound_once_is_forgotten(settings, write_model, clock):
+    known = Inspections(lambda: clock[0])
+    for name in ("a", "b", "c"):
+        write_model(name)
+        known.named(name, settings.model_roots)
+        clock[0] += inspection.SOUND_SECONDS
+    assert len(known._sound) == 1
