@@ -198,7 +198,8 @@ def _complete(operation: dict[str, Any], path: str, known: Operation) -> None:
         content[JSON]["example"] = EXAMPLES[known.id]
     elif not content.get(JSON, {}).get("schema"):
         content.pop(JSON, None)
-    content |= {kind: {"schema": {"type": "string"}} for kind in known.kinds}
+    # a file of any kind is bytes, of which a schema says nothing, and not a string in JSON
+    content |= {kind: {} if kind == "*/*" else {"schema": {"type": "string"}} for kind in known.kinds}
     responses[success] = {"description": known.summary + "."} | ({"content": content} if content else {})
     responses |= {str(status): {"description": text} for status, text in known.extra.items()}
     if known.id == "createRecovery":
