@@ -1,17 +1,18 @@
 """How far a dry run's estimate is off, on recoveries that a machine has calibrated itself on.
 
-    python benchmarks/estimate.py [RUNS]
+    python benchmarks/estimate.py [--runs 10] [--demo .recoup/models]
 
-Starts an installation of its own, damages a random model of two layers, and recovers it RUNS times (default
-ten) with other steps, lengths, modes and amounts of prompts each. Before each recovery a dry run is asked,
-after it the report: a line gives estimate and actual of seconds, tokens and memory, and the last line the
-median error of the seconds over the runs that had an estimate. Only recoveries that came before calibrate.
+Starts an installation of its own, damages a random model of two layers, and recovers it RUNS times with other
+steps, lengths, modes and amounts of prompts each; with `--demo`, SmolLM2-135M as `make demo` has damaged it,
+on the built-in prompts. Before each recovery a dry run is asked, after it the report: a line gives estimate
+and actual of seconds, tokens and memory, and the last line the median error of the seconds over the runs that
+had an estimate. Only recoveries that came before calibrate.
 """
 
+import argparse
 import json
 import random
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -25,23 +26,27 @@ def main() -> None:
     from recoup_jobs.settings import Settings
     from recoup_server.embedded import running
 
-    runs = int(sys.argv[1]) if len(sys.argv) > 1 else 10
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--runs", type=int, default=10)
+    parser.add_argument("--demo", type=Path, help="where smollm2 and smollm2-finetuning lie")
+    asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as home:
         settings = Settings(home=Path(home) / "home")
-        _write_models(settings.model_roots[0])
+        if asked.demo:
+            settings = settings.model_copy(update={"model_roots": [asked.demo.absolute()]})
+        else:
+            _write_models(settings.model_roots[0])
+        requests = _demo_requests(asked.runs) if asked.demo else _requests(asked.runs, Path(home))
         with running(settings, "127.0.0.1", PORT) as server, Client(server.url) as client:
-            errors = [_one(client, Path(home), asked) for asked in _requests(runs)]
+            errors = [_one(client, request) for request in requests]
     known = [error for error in errors if error is not None]
     print(f"median error of {len(known)} estimates of time: {100 * statistics.median(known):.0f} %")
 
 
-def _one(client: Any, home: Path, asked: dict[str, Any]) -> float | None:
+def _one(client: Any, request: dict[str, Any]) -> float | None:
     """The relative error of the seconds; None where no estimate of them was given."""
-    rows = asked.pop("rows")
-    path = home / "prompts.jsonl"
-    path.write_text("".join(f"{json.dumps(_row(at))}\n" for at in range(rows)))
-    request = asked | {"student": "student", "teacher": "teacher"}
-    request |= {"prompts": {"file": client.files.create(path).id}}
+    if path := request.pop("path", None):
+        request |= {"prompts": {"file": client.files.create(path).id}}
     expected = client.recoveries.dry_run(**request).estimate
     job = client.recoveries.wait(client.recoveries.create(**request).id)
     cost = client.recoveries.report(job.id).cost
@@ -49,27 +54,49 @@ def _one(client: Any, home: Path, asked: dict[str, Any]) -> float | None:
     tokens = cost.tokens_generated + cost.tokens_trained
     told = "none" if expected.seconds is None else f"{expected.seconds:.1f}"
     print(
-        f"{asked['training']} {rows} rows: {told} s expected, {actual:.1f} s; {expected.tokens:,} tokens, "
+        f"{request['training']}: {told} s expected, {actual:.1f} s; {expected.tokens:,} tokens, "
         f"{tokens:,}; {expected.memory_bytes >> 20} MiB, {cost.peak_memory_bytes >> 20} MiB",
         flush=True,
     )
     return None if expected.seconds is None else abs(expected.seconds - actual) / actual
 
 
-def _requests(runs: int) -> list[dict[str, Any]]:
+def _requests(runs: int, home: Path) -> list[dict[str, Any]]:
+    draw, found = random.Random(0), []
+    for run in range(runs):
+        path = home / f"prompts-{run}.jsonl"
+        rows = draw.choice([120, 200, 400])
+        path.write_text("".join(f"{json.dumps(_row(at))}\n" for at in range(rows)))
+        found.append(
+            {
+                "student": "student",
+                "teacher": "teacher",
+                "path": path,
+                "generation": {"max_new_tokens": draw.choice([8, 16, 32])},
+                "training": {
+                    "steps": draw.choice([6, 24, 96]),
+                    "mode": draw.choice(["lora", "full"]),
+                    "learning_rate": 0.01,
+                    "stop_early": False,
+                },
+                "evaluation": {"test_sequences": draw.choice([32, 64]), "validation_sequences": 16},
+                "alignment": {"positions": 256},
+            }
+        )
+    return found
+
+
+def _demo_requests(runs: int) -> list[dict[str, Any]]:
     draw = random.Random(0)
     return [
         {
-            "rows": draw.choice([120, 200, 400]),
-            "generation": {"max_new_tokens": draw.choice([8, 16, 32])},
-            "training": {
-                "steps": draw.choice([6, 24, 96]),
-                "mode": draw.choice(["lora", "full"]),
-                "learning_rate": 0.01,
-                "stop_early": False,
-            },
-            "evaluation": {"test_sequences": draw.choice([32, 64]), "validation_sequences": 16},
-            "alignment": {"positions": 256},
+            "student": "smollm2-finetuning",
+            "teacher": "smollm2",
+            "prompts": "builtin",
+            "generation": {"max_new_tokens": draw.choice([16, 24, 40])},
+            "training": {"steps": draw.choice([8, 16, 24]), "stop_early": False},
+            "evaluation": {"test_sequences": draw.choice([32, 64, 112]), "validation_sequences": 32},
+            "alignment": {"positions": draw.choice([256, 1024])},
         }
         for _ in range(runs)
     ]
