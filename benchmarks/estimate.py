@@ -92,7 +92,6 @@ def _demo_requests(runs: int) -> list[dict[str, Any]]:
         {
             "student": "smollm2-finetuning",
             "teacher": "smollm2",
-            "prompts": "builtin",
             "generation": {"max_new_tokens": draw.choice([16, 24, 40])},
             "training": {"steps": draw.choice([8, 16, 24]), "stop_early": False},
             "evaluation": {"test_sequences": draw.choice([32, 64, 112]), "validation_sequences": 32},
