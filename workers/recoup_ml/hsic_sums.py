@@ -93,10 +93,10 @@ class Sums:
 
     def _means(self, blocks: Array, near: Array, inside: Array) -> Array:
         """Over Gram blocks, less what is inside the principal directions, plus that over all pairs."""
-        there = self.pairs_G > 0
-        blocks, near, pairs = (_left_out(part[there]) for part in (blocks, near, self.pairs_G))
-        every = across_groups(inside[there]) + 2 * near
-        every_pair = across_groups(self.tokens_G[there, None, None]) + 2 * pairs
+        there = np.append(self.pairs_G > 0, True)
+        blocks, near, pairs = (_left_out(part)[there] for part in (blocks, near, self.pairs_G))
+        every = across_groups(inside)[there] + 2 * near
+        every_pair = across_groups(self.tokens_G[:, None, None])[there] + 2 * pairs
         aligned = (slice(None), *(None,) * (blocks.ndim - 1))
         return (blocks - near) / np.maximum(pairs, 1.0)[aligned] + every / np.maximum(every_pair, 1.0)[
             aligned
