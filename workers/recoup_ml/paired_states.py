@@ -6,7 +6,7 @@ again is read where it was. Nothing is kept beyond the batch.
 Axes: B texts of a batch, T token positions, N chosen tokens, D width, L layers with the embeddings.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from recoup_ml.hidden import capture
 from recoup_ml.models import last_hidden
+from recoup_ml.principal import WORTHWHILE, Sketch
 
 OUTLIER = 10.0
 """Times the median norm of a layer."""
@@ -78,13 +79,13 @@ class Frame:
     """Root mean square about the centre."""
     medians: list[float]
     """Norm of an ordinary token."""
+    axes: list[Tensor]
+    """Principal directions, [D, R] each; none where the spectra are flat."""
 
-    def placed(self, states: list[Tensor]) -> list[Tensor]:
-        """Centred in float32, of unit size."""
-        return [
-            (state - centre.to(state)) / size
-            for state, centre, size in zip(states, self.centres, self.sizes, strict=True)
-        ]
+    def placed(self, states: list[Tensor]) -> Iterator[Tensor]:
+        """Centred in float32, of unit size; made layer by layer."""
+        for state, centre, size in zip(states, self.centres, self.sizes, strict=True):
+            yield (state - centre.to(state)) / size
 
     def ordinary(self, states: list[Tensor]) -> Tensor:
         """True on tokens without a massive activation in any layer, [N]."""
@@ -105,21 +106,21 @@ class Frames:
 
     def tensors(self) -> dict[str, Tensor]:
         """By name, as they are saved."""
-        return {
-            f"{name}.{layer:04d}": torch.cat([centre, torch.tensor([size, median])])
-            for name, frame in (("student", self.student), ("teacher", self.teacher))
-            for layer, (centre, size, median) in enumerate(
-                zip(frame.centres, frame.sizes, frame.medians, strict=True)
-            )
-        }
+        found = {}
+        for name, frame in (("student", self.student), ("teacher", self.teacher)):
+            rows = zip(frame.centres, frame.sizes, frame.medians, strict=True)
+            for layer, (centre, size, median) in enumerate(rows):
+                found[f"{name}.{layer:04d}"] = torch.cat([centre, torch.tensor([size, median])])
+            found |= {f"axes.{name}.{layer:04d}": axes_DR for layer, axes_DR in enumerate(frame.axes)}
+        return found
 
     @staticmethod
     def of(tensors: Mapping[str, Tensor]) -> "Frames":
         def frame(name: str) -> Frame:
             rows = [tensors[key] for key in sorted(tensors) if key.startswith(name)]
-            return Frame(
-                [row[:-2] for row in rows], [float(row[-2]) for row in rows], [float(row[-1]) for row in rows]
-            )
+            axes = [tensors[key] for key in sorted(tensors) if key.startswith(f"axes.{name}")]
+            sizes, medians = ([float(row[at]) for row in rows] for at in (-2, -1))
+            return Frame([row[:-2] for row in rows], sizes, medians, axes)
 
         return Frames(frame("student"), frame("teacher"))
 
@@ -132,25 +133,42 @@ class Pilot:
         self._squares: list[float] = []
         self._norms: list[list[Tensor]] = []
         self._tokens: list[int] = []
+        self._sketches: list[Sketch] = []
 
     def add(self, states: list[Tensor]) -> None:
         if not self._sums:
             self._sums = [torch.zeros(state.shape[1], dtype=torch.float64) for state in states]
             self._squares, self._tokens = [0.0] * len(states), [0] * len(states)
             self._norms = [[] for _ in states]
+            self._sketches = [Sketch(state.shape[1]) for state in states]
         for layer, state in enumerate(states):
             norm_N = state.norm(dim=1)
-            ordinary = state[norm_N <= OUTLIER * norm_N.median()].double().cpu()
+            ordinary = state[norm_N <= OUTLIER * norm_N.median()]
+            self._sketches[layer].add(ordinary)
+            ordinary = ordinary.double().cpu()
             self._sums[layer] += ordinary.sum(0)
             self._squares[layer] += float(ordinary.square().sum())
             self._tokens[layer] += len(ordinary)
             self._norms[layer].append(norm_N.cpu())
 
-    def frame(self) -> Frame:
+    @property
+    def layers(self) -> int:
+        return len(self._sums)
+
+    def frame(self, most_axes: int) -> Frame:
+        """With at most so many principal directions of a layer."""
         centres = [total / count for total, count in zip(self._sums, self._tokens, strict=True)]
         sizes = []
         for centre, square, count in zip(centres, self._squares, self._tokens, strict=True):
             about = square / count - float(centre.square().sum())
             sizes.append(max(about / len(centre), 0.0) ** 0.5 or 1.0)
         medians = [float(torch.cat(norms).median()) for norms in self._norms]
-        return Frame([centre.float() for centre in centres], sizes, medians)
+        axes, shares = zip(
+            *(
+                sketch.axes(centre, count, most_axes)
+                for sketch, centre, count in zip(self._sketches, centres, self._tokens, strict=True)
+            ),
+            strict=True,
+        )
+        worthwhile = most_axes > 0 and sum(shares) >= WORTHWHILE * len(shares)
+        return Frame([centre.float() for centre in centres], sizes, medians, list(axes) if worthwhile else [])

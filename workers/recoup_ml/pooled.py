@@ -73,11 +73,12 @@ class Pooled:
 def pool(batch: Batch, layer_map: Sequence[tuple[int, int]], groups: int) -> Pooled:
     """The texts of one batch; a text of which no token is kept is left out."""
     everything_N = torch.ones_like(batch.kept_N)
+    x_LND, y_MND = list(batch.x_LND), list(batch.y_MND)
     return Pooled(
-        x=_means(batch.x_LND, batch.text_N, batch.kept_N),
-        y=_means(batch.y_MND, batch.text_N, batch.kept_N),
-        all_x=_means([batch.x_LND[mine] for mine, _ in layer_map], batch.text_N, everything_N),
-        all_y=_means([batch.y_MND[theirs] for _, theirs in layer_map], batch.text_N, everything_N),
+        x=_means(x_LND, batch.text_N, batch.kept_N),
+        y=_means(y_MND, batch.text_N, batch.kept_N),
+        all_x=_means([x_LND[mine] for mine, _ in layer_map], batch.text_N, everything_N),
+        all_y=_means([y_MND[theirs] for _, theirs in layer_map], batch.text_N, everything_N),
         groups=groups,
     )
 
