@@ -45,15 +45,23 @@ class GeometrySums:
         )
 
     def add(self, student_ND: Tensor, teacher_ND: Tensor) -> None:
-        norms = student_ND.norm(dim=1), teacher_ND.norm(dim=1)
-        self.norms = self.norms[0] + float(norms[0].sum()), self.norms[1] + float(norms[1].sum())
+        sums = [student_ND.norm(dim=1).sum(), teacher_ND.norm(dim=1).sum()]
+        if alike := student_ND.shape == teacher_ND.shape:
+            sums += [
+                (student_ND - teacher_ND).double().square().sum(),
+                teacher_ND.double().square().sum(),
+                torch.cosine_similarity(student_ND, teacher_ND).sum(),
+            ]
+        # read together: a device is waited for at each reading
+        mine, theirs, *apart = torch.stack([value.double() for value in sums]).tolist()
+        self.norms = self.norms[0] + mine, self.norms[1] + theirs
         self.tokens += len(teacher_ND)
-        if student_ND.shape != teacher_ND.shape:
+        if not alike:
             self.apart = self.cosine = math.nan
             return
-        self.apart += float((student_ND - teacher_ND).double().square().sum())
-        self.teacher += float(teacher_ND.double().square().sum())
-        self.cosine += float(torch.cosine_similarity(student_ND, teacher_ND).sum())
+        self.apart, self.teacher, self.cosine = (
+            sum(pair) for pair in zip((self.apart, self.teacher, self.cosine), apart, strict=True)
+        )
 
     def geometry(self) -> Geometry:
         count = self.tokens or math.nan
