@@ -21,7 +21,7 @@ from recoup_api.problems import answer
 from recoup_api.rates import Rates
 from recoup_api.threads import in_thread
 from recoup_jobs.errors import BadRequest, RecoupError, Unavailable
-from recoup_jobs.keys import Caller, Keyring
+from recoup_jobs.keys import VISITOR, Caller, Keyring
 
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/openapi.json", "/docs"})
 NOBODY = Caller("", frozenset(), None)
@@ -80,7 +80,7 @@ class Guard:
         caller = self._keys.remembered(key)
         if caller is None:
             caller = await in_thread(self._keys.admit, key)
-        if key is None:
+        if caller is VISITOR:
             _require_loopback(headers.get("host", ""))
         else:
             try:

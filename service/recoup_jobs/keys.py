@@ -12,7 +12,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import SecretStr
@@ -43,7 +43,9 @@ class Caller:
 
 
 OPERATOR = Caller(DEFAULT_TENANT, frozenset({*SCOPES, READ_METRICS}), None)
-"""Whoever sits at this machine, or holds the key of the settings."""
+"""Who holds the key of the settings."""
+VISITOR = replace(OPERATOR)
+"""Whoever sits at this machine, while there is no key."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class Keyring:
     def remembered(self, key: str | None) -> Caller | None:
         """The caller, if that can be told without the database."""
         if key is None:
-            return OPERATOR if self._is_open and self._clock() < self._open_until else None
+            return VISITOR if self._is_open and self._clock() < self._open_until else None
         digest = _digest(key)
         if self._is_own(digest):
             return OPERATOR
@@ -108,8 +110,11 @@ class Keyring:
         return caller if self._clock() < until else None
 
     def admit(self, key: str | None) -> Caller:
-        """Raises `Unauthorized`, in the same words whatever is wrong with the key."""
-        caller = self._open() if key is None else self._holder(key)
+        """Whose key it is; while there is none, anybody's, with whatever key a client cannot leave out.
+
+        Raises `Unauthorized`, in the same words whatever is wrong with the key.
+        """
+        caller = (None if key is None else self._holder(key)) or self._open()
         if caller is None:
             raise Unauthorized("unauthorized", "send a key of this server as `Authorization: Bearer <key>`")
         return caller
@@ -117,7 +122,7 @@ class Keyring:
     def _open(self) -> Caller | None:
         if self._is_open:
             self._is_open, self._open_until = not any_key(self._ledger), self._clock() + REMEMBERED_SECONDS
-        return OPERATOR if self._is_open else None
+        return VISITOR if self._is_open else None
 
     def _holder(self, key: str) -> Caller | None:
         digest = _digest(key)

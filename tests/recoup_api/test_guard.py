@@ -56,6 +56,12 @@ def test_without_a_key_this_machine_is_served(client, host):
     assert client.get("/v1/recoveries", headers={"host": host}).status_code == 200
 
 
+def test_where_there_is_no_key_one_that_a_client_cannot_leave_out_is_passed_over(client):
+    sent = {"authorization": "Bearer whatever the openai package was given"}
+    assert client.get("/v1/recoveries", headers=sent).status_code == 200
+    assert client.get("/v1/recoveries", headers=sent | {"host": "evil.example"}).status_code == 400
+
+
 @pytest.mark.parametrize(
     "host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "10.0.0.1", ""]
 )

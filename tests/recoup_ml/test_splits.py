@@ -5,6 +5,8 @@ import random
 import pytest
 
 from recoup.schemas import Message, Prompt
+from recoup_jobs.preflight import FEWEST_PROMPTS
+from recoup_ml.diagnose import MIN_TEST
 from recoup_ml.splits import Split, held_out_kinds, prompts_sha256, split, split_keep
 
 KINDS = ["sums", "capitals", "poems", "letters", "code", "jokes"]
@@ -91,6 +93,14 @@ def test_one_large_kind_leaves_enough_to_train_on(largest: str) -> None:
     prompts = [prompt(f"{kind} {n}", kind) for kind in KINDS for n in range(200 if kind == largest else 8)]
     found = split(prompts, 128, 64)
     assert len(found.train) >= len(prompts) / 2
+
+
+@pytest.mark.parametrize("kinds", [[None], KINDS, KINDS[:5]], ids=["no kinds", "six kinds", "five kinds"])
+def test_the_fewest_prompts_that_are_taken_are_enough_to_decide(kinds: list[str | None]) -> None:
+    few = [prompt(f"question {n}", kinds[n % len(kinds)]) for n in range(FEWEST_PROMPTS)]
+    found = split(few, 64, 24)
+    assert len(found.test) >= MIN_TEST
+    assert len(found.train) >= len(few) / 2
 
 
 def test_duplicates_are_dropped_and_counted(without_kinds: list[Prompt]) -> None:

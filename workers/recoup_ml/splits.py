@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from recoup.schemas import Prompt
 
 TEST_SHARE, VALIDATION_SHARE = 0.20, 0.12
+LEAST_TESTED, MOST_TESTED_SHARE = 20, 1 / 3
+"""Of a small set a larger share decides: intervals need prompts, and some get no answer that counts."""
 MOST_HELD = 0.4
 """A kind that would take more than this from training is not held out."""
 MIN_KINDS = 4
@@ -38,7 +40,7 @@ def split(prompts: Sequence[Prompt], test: int, validation: int, tasks: Iterable
     ordered = by_hash(prompts)
     kinds = held_out_kinds(ordered)
     candidates = [prompt for prompt in ordered if prompt.kind in kinds] if kinds else ordered
-    share = len(candidates) if kinds else max(1, round(TEST_SHARE * len(ordered)))
+    share = len(candidates) if kinds else round(_least_tested(len(ordered)))
     tested = candidates[: min(test, share)]
     others = [prompt for prompt in ordered if prompt.kind not in kinds] if kinds else ordered[len(tested) :]
     asked = {_key(prompt) for prompt in tasks}
@@ -95,9 +97,10 @@ def split_keep(prompts: Sequence[Prompt], test: int) -> tuple[list[Prompt], list
 
 
 def held_out_kinds(prompts: Sequence[Prompt]) -> frozenset[str]:
-    """Whole kinds for test alone: by hash of their name, until they hold a fifth of the prompts.
+    """Whole kinds for test alone: by hash of their name, until they hold a fifth of the prompts, and enough.
 
-    Empty where there are fewer than four kinds or some prompts have none.
+    Empty where there are fewer than four kinds, some prompts have none, or kinds that may be held out are
+    too small.
     """
     counts: dict[str, int] = {}
     for prompt in prompts:
@@ -107,11 +110,17 @@ def held_out_kinds(prompts: Sequence[Prompt]) -> frozenset[str]:
     if len(counts) < MIN_KINDS:
         return frozenset()
     held: set[str] = set()
+    wanted = _least_tested(len(prompts))
     for kind in sorted(counts, key=lambda name: hashlib.sha256(name.encode()).digest()):
         size = sum(counts[name] for name in held)
-        if size < TEST_SHARE * len(prompts) and size + counts[kind] <= MOST_HELD * len(prompts):
+        if size < wanted and size + counts[kind] <= MOST_HELD * len(prompts):
             held.add(kind)
-    return frozenset(held)
+    few = sum(counts[name] for name in held) < min(wanted, LEAST_TESTED)
+    return frozenset() if few else frozenset(held)
+
+
+def _least_tested(prompts: int) -> float:
+    return max(1.0, TEST_SHARE * prompts, min(LEAST_TESTED, MOST_TESTED_SHARE * prompts))
 
 
 def prompts_sha256(prompts: Sequence[Prompt]) -> str:
