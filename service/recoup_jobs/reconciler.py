@@ -227,7 +227,8 @@ def _base_of(deployment: Deployment, seen: Seen) -> tuple[str, str] | None:
         return (deployment.id, own or deployment.id) if own or seen.takes_models else None
     student = deployment.lineage.student
     for name, folder in seen.bases.items():
-        if student in {name, folder} or (name == student.rpartition("/")[2] and not seen.takes_models):
+        by_place = name == student.rpartition("/")[2] or folder.endswith(f"/{student}")
+        if student in {name, folder} or (by_place and not seen.takes_models):
             return name, folder
     return None
 

@@ -235,6 +235,13 @@ def test_a_server_finds_the_folder_by_itself_where_it_has_no_route_to_load(insta
     assert here.look(id).state == "live"
 
 
+def test_a_server_that_was_given_no_name_is_known_by_its_folder(installation, start_upstream):
+    here = installation(start_upstream("/srv/models/student", "/srv/models/student"))
+    id = here.deploy()
+    here.round()
+    assert here.look(id).state == "live"
+
+
 def test_a_deployment_waits_for_a_server_of_its_student(installation, start_upstream):
     here = installation(start_upstream("another-student"), "http://127.0.0.1:9")
     id = here.deploy()
