@@ -210,7 +210,7 @@ class Upstream:
 
     def log_p(self, model: str, token: int, place: int) -> float:
         added = 0.0 if model == self.base or model in self.silent else self.adapters[model]
-        return token_log_p(self.base, token, place) + added
+        return token_log_p(self.base.rpartition("/")[2], token, place) + added
 
     def _app(self) -> Starlette:
         post = {"methods": ["POST"]}
