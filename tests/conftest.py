@@ -1,6 +1,7 @@
 """Fixtures that tests of several packages share."""
 
 import asyncio
+import gc
 import json
 import os
 import shutil
@@ -27,10 +28,18 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+gc.disable()  # until all is imported
+
 POSTGRESQL = os.environ.get("RECOUP_TEST_POSTGRESQL_URL", "postgresql+psycopg://postgres@127.0.0.1:5432/test")
 
 BUCKET = "recoup"
 S3_KEYS = {"AWS_ACCESS_KEY_ID": "recoup", "AWS_SECRET_ACCESS_KEY": "not-a-secret", "AWS_REGION": "us-east-1"}
+
+
+def pytest_collection_finish() -> None:
+    """What imports left stays: a recovery collects often, and need not look at it again."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
