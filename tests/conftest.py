@@ -1,6 +1,7 @@
 """Fixtures that tests of several packages share."""
 
 import asyncio
+import gc
 import json
 import os
 import shutil
@@ -27,10 +28,21 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from recoup_jobs.ledger import Ledger, open_ledger
+from recoup_jobs.settings import Settings
+
+gc.disable()  # until all is imported
+
 POSTGRESQL = os.environ.get("RECOUP_TEST_POSTGRESQL_URL", "postgresql+psycopg://postgres@127.0.0.1:5432/test")
 
 BUCKET = "recoup"
 S3_KEYS = {"AWS_ACCESS_KEY_ID": "recoup", "AWS_SECRET_ACCESS_KEY": "not-a-secret", "AWS_REGION": "us-east-1"}
+
+
+def pytest_collection_finish() -> None:
+    """What imports left stays: a recovery collects often, and need not look at it again."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
@@ -148,6 +160,25 @@ def database(request):
     with server.begin() as conn:
         conn.execute(text(f"DROP SCHEMA {schema} CASCADE"))
     server.dispose()
+
+
+@pytest.fixture(scope="session")
+def empty_ledger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a ledger of the newest schema: a copy of it need not pass every revision again."""
+    settings = Settings(home=tmp_path_factory.mktemp("ledger"))
+    open_ledger(settings).close()
+    return settings.home / "ledger.db"
+
+
+@pytest.fixture
+def ledger(settings: Settings, database: str | None, empty_ledger: Path) -> Iterator[Ledger]:
+    """Of the folder's own `settings`."""
+    if database is None:
+        settings.home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        shutil.copy(empty_ledger, settings.home / "ledger.db")
+    ledger = open_ledger(settings)
+    yield ledger
+    ledger.close()
 
 
 def token_log_p(base: str, token: int, place: int) -> float:

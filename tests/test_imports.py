@@ -24,6 +24,7 @@ def loaded_by(*modules):
     return set(done.stdout.split())
 
 
+@pytest.mark.slow  # `make lint` reads the same contracts
 def test_imports_go_downwards_only():
     done = in_a_fresh_interpreter(LINT)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -96,6 +96,7 @@ def worker(
     """Take up recoveries from the queue, one at a time."""
     from recoup_worker.main import serve, serve_once
 
+    gc.freeze()  # what the imports left stays
     settings = _settings(home)
     _observed(settings, "recoup-worker")
     (serve_once if once else serve)(settings)

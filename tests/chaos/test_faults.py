@@ -63,7 +63,11 @@ def test_a_worker_that_is_told_to_end_gives_its_job_back(installation, worker, j
     assert "released" in reasons(installation, job)
 
 
-def test_a_runner_that_is_alive_but_stuck_is_killed(installation, job, runner):
+def test_a_runner_that_is_alive_but_stuck_is_killed(install, settings):
+    installation = install(settings.model_copy(update={"stall_seconds": 8.0}))
+    installation.start_worker(**SLOW)
+    job = installation.submit()
+    runner = installation.wait_for_runner(job)
     runner.send_signal(signal.SIGSTOP)
     runner.wait(60)
     installation.wait_for_end()

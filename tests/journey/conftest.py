@@ -32,8 +32,8 @@ def models(settings: Settings, write_tiny_models: Callable[[Path], Path]) -> Pat
     return write_tiny_models(settings.model_roots[0])
 
 
-@pytest.fixture
-def write_rows(tmp_path: Path) -> Callable[[int], Path]:
+@pytest.fixture(scope="session")
+def write_rows(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
     """Writes so many prompts of five kinds as a data set."""
 
     def write(count: int) -> Path:
@@ -41,7 +41,7 @@ def write_rows(tmp_path: Path) -> Callable[[int], Path]:
             {"prompt": f"{WORDS[at % 120]} {WORDS[at * 7 % 120]} {WORDS[at // 120]}", "kind": KINDS[at % 5]}
             for at in range(count)
         ]
-        path = tmp_path / "prompts.jsonl"
+        path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
         path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
         return path
 

@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from recoup import Client, JobFailedError, UnprocessableEntityError
+from recoup.schemas import Recovery
 
 SMALL = {
     "generation": {"max_new_tokens": 12},
@@ -20,7 +21,7 @@ SMALL = {
 Submit = Callable[..., str]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def submit(client: Client, models: Path, write_rows: Callable[[int], Path]) -> Submit:
     """`submit("student", training=...)`: uploads 200 prompts and submits a small recovery; its id."""
 
@@ -32,9 +33,14 @@ def submit(client: Client, models: Path, write_rows: Callable[[int], Path]) -> S
     return submit
 
 
-def test_a_recovery_goes_all_the_way_to_its_report(client: Client, submit: Submit, tmp_path: Path) -> None:
-    id = submit()
-    ended = client.recoveries.wait(id, timeout=400)
+@pytest.fixture(scope="module")
+def ended(client: Client, submit: Submit) -> Recovery:
+    """A recovery that went all the way."""
+    return client.recoveries.wait(submit(), timeout=400)
+
+
+def test_a_recovery_goes_all_the_way_to_its_report(client: Client, ended: Recovery, tmp_path: Path) -> None:
+    id = ended.id
     assert ended.state == "succeeded"
     report = client.recoveries.report(id)
     assert report.outcome == ended.outcome
@@ -52,11 +58,9 @@ def test_a_recovery_goes_all_the_way_to_its_report(client: Client, submit: Submi
 
 
 def test_the_history_of_a_recovery_has_no_gap_and_commits_each_stage_once(
-    client: Client, submit: Submit
+    client: Client, ended: Recovery
 ) -> None:
-    id = submit()
-    client.recoveries.wait(id, timeout=400)
-    events = list(client.recoveries.history(id))
+    events = list(client.recoveries.history(ended.id))
     assert [event.seq for event in events] == list(range(1, len(events) + 1))
     committed = [e.data["stage"] for e in events if e.type == "stage" and e.data["status"] == "committed"]
     assert committed == ["preflight", "diagnose", "generate", "distil", "evaluate", "package"]

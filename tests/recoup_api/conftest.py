@@ -15,7 +15,6 @@ from safetensors.numpy import save, save_file
 from recoup_api.app import create_app
 from recoup_api.limit import LONGEST_HEAD
 from recoup_jobs.artifacts import publish
-from recoup_jobs.ledger import open_ledger
 from recoup_jobs.settings import Settings
 from recoup_jobs.stores import open_store
 
@@ -38,13 +37,6 @@ def artifact_store(request):
 @pytest.fixture
 def settings(tmp_path, database, artifact_store):
     return Settings(home=tmp_path / "home", database_url=database, sweep_seconds=0.02, **artifact_store)
-
-
-@pytest.fixture
-def ledger(settings):
-    ledger = open_ledger(settings)
-    yield ledger
-    ledger.close()
 
 
 @pytest.fixture

@@ -111,13 +111,14 @@ def test_a_hundred_threads_with_one_key_make_one_job_and_get_one_answer(serve, s
         headers = KEY | {"content-type": "application/json"}
         while True:
             where = f"{urls[number % 2]}/v1/recoveries"
-            answer = httpx2.post(where, content=json.dumps(body), headers=headers, timeout=60)
+            answer = http.post(where, content=json.dumps(body), headers=headers)
             if answer.status_code != 409:
                 return answer.status_code, answer.content
             assert answer.headers["retry-after"] == "1"
             time.sleep(1)
 
-    with ThreadPoolExecutor(100) as pool:
+    as_many_as_ask = httpx2.Limits(max_connections=None)
+    with ThreadPoolExecutor(100) as pool, httpx2.Client(timeout=60, limits=as_many_as_ask) as http:
         answers = set(pool.map(create, range(100)))
     assert [status for status, _ in answers] == [202]
     assert len(ledgers[0].list(None, 10).data) == 1

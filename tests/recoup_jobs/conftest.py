@@ -7,7 +7,6 @@ import pytest
 from safetensors.numpy import save_file
 
 from recoup.schemas import CreateRecovery, ModelRef
-from recoup_jobs.ledger import open_ledger
 from recoup_jobs.settings import Settings
 from recoup_jobs.stores import open_store
 
@@ -17,13 +16,6 @@ VOCABULARY = {"a": 0, "b": 1, "c": 2}
 @pytest.fixture
 def settings(tmp_path, database):
     return Settings(home=tmp_path / "home", database_url=database, sweep_seconds=0.02)
-
-
-@pytest.fixture
-def ledger(settings):
-    ledger = open_ledger(settings)
-    yield ledger
-    ledger.close()
 
 
 @pytest.fixture

@@ -6,8 +6,9 @@ seconds, and healthy enough for damage to show.
 """
 
 import contextlib
-import gc
+import fcntl
 import json
+import os
 import random
 import shutil
 import socket
@@ -18,25 +19,22 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import transformers
-from matplotlib.figure import Figure
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from recoup.schemas import CreateRecovery, Message, Prompt, Stage
-from recoup_ml import durable, injure, models
+from recoup_ml import durable, injure, models, plots
 from recoup_ml.generate import LocalEngine
 from recoup_ml.run import Run, Task
 from recoup_ml.sequences import Answered, Encoded, collate, encode
 from recoup_ml.tickets import NAMES, OPENINGS, QUEUES
-
-gc.freeze()  # what the imports left stays: a recovery collects often, and need not look at it again
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<|system|>", "<|user|>", "<|assistant|>"]
 THINGS = [
@@ -71,6 +69,9 @@ TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|> {{ message.content }} </s> {% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+
+
+CHARTS = ["loss_curve", "trajectory_curves", "alignment_diagonal", "alignment_heatmap", "alignment_svg"]
 
 
 def task_prompts(count: int, seed: int = 0) -> list[Prompt]:
@@ -146,25 +147,44 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="module")
 def blank_pictures() -> Iterator[None]:
-    """Drawing is a third of a small recovery; `test_plots.py` and the journeys look at what is drawn."""
-
-    def save(_figure: Figure, place: IO[Any], *, format: str, **_: object) -> None:
-        place.write("<svg></svg>" if format == "svg" else b"\x89PNG")
-
+    """Drawing is half of a small recovery; `test_plots.py` and the journeys look at what is drawn."""
+    blank = dict.fromkeys(CHARTS, "<svg></svg>") | {"alignment_png": b"\x89PNG"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", save)
+        for chart, picture in blank.items():
+            patch.setattr(plots, chart, lambda _drawn, picture=picture: picture)
         yield
 
 
 @pytest.fixture(scope="session")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """`made_once("teacher", make)`: the folder that `make` filled, by one of the processes that test."""
+    place = tmp_path_factory.getbasetemp()
+    place = (place.parent if "PYTEST_XDIST_WORKER" in os.environ else place) / "models"
+    place.mkdir(exist_ok=True)
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        folder, aside = place / name, place / f".{name}"
+        with (place / f".{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                make(aside)
+                aside.rename(folder)
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def teacher(made_once: Callable[..., Path]) -> Path:
     """The healthy model's folder."""
-    folder = tmp_path_factory.mktemp("models") / "teacher"
-    model, tokenizer = make_llama(), make_tokenizer()
-    learn_tasks(model, tokenizer, steps=300)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+
+    def make(folder: Path) -> None:
+        model, tokenizer = make_llama(), make_tokenizer()
+        learn_tasks(model, tokenizer, steps=300)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    return made_once("teacher", make)
 
 
 def change(teacher: Path, student: Path, edit: Callable[[PreTrainedModel], None]) -> None:
@@ -215,16 +235,9 @@ DAMAGES: dict[str, Callable[[Path, Path], None]] = {
 
 
 @pytest.fixture(scope="session")
-def student(teacher: Path) -> Callable[[str], Path]:
+def student(teacher: Path, made_once: Callable[..., Path]) -> Callable[[str], Path]:
     """The folder of a student with the named damage, made when it is asked for first."""
-
-    def make(damage: str) -> Path:
-        folder = teacher.with_name(damage)
-        if not folder.exists():
-            DAMAGES[damage](teacher, folder)
-        return folder
-
-    return make
+    return lambda damage: made_once(damage, partial(DAMAGES[damage], teacher))
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,8 @@ from recoup.schemas import CreateDiagnosis, DiagnosisReport, Report
 from recoup_ml.recipe import examine, recover
 from recoup_ml.run import Run
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
 
 @pytest.fixture(scope="module")
 def examined(make_run: Callable[..., Run], open_journal: type, tmp_path_factory: pytest.TempPathFactory):

@@ -24,6 +24,7 @@ from recoup_ml import models
 from recoup_ml.recipe import recover
 from recoup_ml.run import Run
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
 SHAPE = {
     "vocab_size": 128,
     "hidden_size": 32,

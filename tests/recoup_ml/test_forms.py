@@ -16,6 +16,7 @@ from recoup_ml.errors import UnsupportedRequest
 from recoup_ml.recipe import recover
 from recoup_ml.run import Run
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
 Student = Callable[[str], Path]
 COSTLY = pytest.mark.slow
 """Another recovery each."""

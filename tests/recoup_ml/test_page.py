@@ -2,12 +2,14 @@
 
 import json
 import re
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
-from recoup.schemas import Estimate, Gate, Report
+from recoup.schemas import Alignment, Estimate, Gate, Report, TrainingReport, Trajectory
+from recoup_ml import plots
 from recoup_ml.page import VERDICTS, fold, html_page, number, percent, scale, visible
 
 SAMPLES = json.loads((Path(__file__).parent / "sample_report.json").read_text("utf-8"))
@@ -38,6 +40,27 @@ class Elements(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text += data
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _each_chart_drawn_once() -> Iterator[None]:
+    """Nearly all of a page's time is drawing, and most of these tests change only its words."""
+    drawn: dict[tuple[str, str], str] = {}
+    Part = TrainingReport | Trajectory | Alignment
+
+    def once(name: str, draw: Callable[[Part], str]) -> Callable[[Part], str]:
+        def chart(part: Part) -> str:
+            known = name, part.model_dump_json()
+            if known not in drawn:
+                drawn[known] = draw(part)
+            return drawn[known]
+
+        return chart
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("loss_curve", "trajectory_curves", "alignment_diagonal", "alignment_heatmap"):
+            patch.setattr(plots, name, once(name, getattr(plots, name)))
+        yield
 
 
 @pytest.fixture(scope="module", params=SAMPLES)

@@ -25,6 +25,7 @@ from recoup_ml.run import Run
 from recoup_ml.sequences import Answered, Batch, batches, packs
 from recoup_ml.training import learn
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
 Student = Callable[[str], Path]
 EVERY = [(1, 1), (2, 2), (3, 3), (4, 4)]
 

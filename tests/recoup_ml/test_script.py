@@ -2,14 +2,15 @@
 
 import ast
 import json
-import os
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from io import StringIO
 from itertools import product
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from recoup_ml.script import comment, recipe_script
 from recoup_ml.tickets import ticket_rows
 from recoup_ml.weights import zeros_filled
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
 SAMPLES = json.loads((Path(__file__).parent / "sample_report.json").read_text("utf-8"))
 MODES = {
     "lora": {"mode": "lora"},
@@ -290,10 +292,16 @@ def repeat(run: Run, place: Path) -> list[float]:
         done = {stage: place / stage for stage in ("diagnose", "generate", "distil")}
         better = baselines.read(done).better
         baselines.repaired(run, done, better).save_pretrained(folders["--start"])
-    command = [sys.executable, script, *(part for name in asked for part in (name, folders[name]))]
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-    said = subprocess.run(command, capture_output=True, text=True, check=True, env=one_thread)
-    return [float(line.rpartition(" ")[2]) for line in said.stdout.splitlines()]
+    said = printed_by(script, *(str(part) for name in asked for part in (name, folders[name])))
+    return [float(line.rpartition(" ")[2]) for line in said.splitlines()]
+
+
+def printed_by(script: Path, *arguments: str) -> str:
+    """What the script prints, run in this process: another would load torch first, for most of its time."""
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as said, torch.random.fork_rng():
+        patch.setattr(sys, "argv", [str(script), *arguments])
+        runpy.run_path(str(script), run_name="__main__")
+    return said.getvalue()
 
 
 def test_the_script_takes_the_same_steps(repeated: Repeated) -> None:

@@ -18,6 +18,7 @@ from recoup_ml.training import validation_steps
 from recoup_ml.trajectory import Recorder, correlation
 from recoup_ml.weights import Weights
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
 STEPS = 20
 
 

@@ -6,6 +6,7 @@ repeat it. The licence is the base model's, so the card names none.
 """
 
 import json
+from functools import cache
 from typing import Final
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -30,6 +31,22 @@ def model_card(report: Report, base_model: str, kind: Form, name: str) -> str:
         kind: `adapter` for a PEFT folder, another form for a whole model.
         name: the title, and the path in the loading snippet.
     """
+    return (
+        _environment()
+        .get_template("card.md.jinja")
+        .render(
+            report=report,
+            base_model=base_model,
+            kind=kind,
+            name=name,
+            verdict=VERDICTS[report.outcome],
+            damage=DAMAGES[report.damage.kind],
+        )
+    )
+
+
+@cache  # which keeps the template's compiled form
+def _environment() -> Environment:
     environment = Environment(  # Markdown, not HTML: nothing from prompts or answers enters
         loader=PackageLoader("recoup_ml", ""),
         autoescape=False,
@@ -39,14 +56,7 @@ def model_card(report: Report, base_model: str, kind: Form, name: str) -> str:
         keep_trailing_newline=True,
     )
     environment.filters.update(cell=cell, day=day, number=number, percent=percent, quoted=quoted)
-    return environment.get_template("card.md.jinja").render(
-        report=report,
-        base_model=base_model,
-        kind=kind,
-        name=name,
-        verdict=VERDICTS[report.outcome],
-        damage=DAMAGES[report.damage.kind],
-    )
+    return environment
 
 
 def cell(text: str) -> str:

@@ -1,6 +1,7 @@
 """A process that trains beside the one that leads: `python -m recoup_ml.follower <place> <rank> <size>`."""
 
 import contextlib
+import gc
 import os
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ class Quiet:
 
 
 def main() -> None:
+    gc.freeze()  # what the imports left stays: the collector need not look at it again
     place, rank, size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     if torch.cuda.is_available():
         torch.cuda.set_device(rank)

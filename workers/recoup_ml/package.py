@@ -13,13 +13,12 @@ from pathlib import Path
 from peft import PeftModel
 
 from recoup.schemas import HANDED_OVER, Alignment, EffectProbe, Report
-from recoup_ml import answers, compose, diagnose, distil, evaluate, models
+from recoup_ml import answers, compose, diagnose, distil, evaluate, models, plots
 from recoup_ml.alignment import csv_table
 from recoup_ml.card import model_card
 from recoup_ml.errors import RecoveryError
 from recoup_ml.page import html_page
 from recoup_ml.plan import Plan
-from recoup_ml.plots import alignment_png, alignment_svg
 from recoup_ml.report import assemble
 from recoup_ml.run import Done, Journal, Run
 from recoup_ml.script import recipe_script
@@ -82,8 +81,8 @@ def alignment_files(alignment: Alignment, folder: Path) -> dict[str, Path]:
     contents = {
         "alignment.json": alignment.model_dump_json().encode(),
         "alignment.csv": csv_table(alignment).encode(),
-        "alignment.svg": alignment_svg(alignment).encode(),
-        "alignment.png": alignment_png(alignment),
+        "alignment.svg": plots.alignment_svg(alignment).encode(),
+        "alignment.png": plots.alignment_png(alignment),
     }
     return _written(contents, folder)
 

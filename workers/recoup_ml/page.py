@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from typing import Final
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -92,6 +93,7 @@ def html_page(report: Report) -> str:
     )
 
 
+@cache  # which keeps the template's compiled form
 def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("recoup_ml", ""),

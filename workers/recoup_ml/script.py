@@ -11,6 +11,7 @@ What a repair without training did has no script.
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from textwrap import fill
 from typing import Any, Final, Literal
 
@@ -87,6 +88,7 @@ def recipe_script(report: Report, plan: Plan, request: CreateRecovery, patched: 
     )
 
 
+@cache  # which keeps the template's compiled form
 def _environment() -> Environment:
     environment = Environment(  # Python, not HTML: what comes from outside passes one of the filters
         loader=PackageLoader("recoup_ml", ""),

@@ -24,6 +24,7 @@ from starlette.routing import Route
 from recoup_jobs.errors import Unprocessable
 from recoup_jobs.settings import Settings
 from recoup_jobs.sources import locate, model_names
+from recoup_worker.loading import loading
 from recoup_worker.pieces import Kind, Piece, Shape, pieces, usage_of
 
 if TYPE_CHECKING:
@@ -109,7 +110,8 @@ class Engine:
     """Holds what is loaded, and the one thread in which models run."""
 
     def __init__(self, settings: Settings) -> None:
-        from recoup_ml.shelf import Shelf
+        with loading():
+            from recoup_ml.shelf import Shelf
 
         self._settings, self._shelf = settings, Shelf()
         self._loaded: dict[str, Loaded] = {}

@@ -7,6 +7,7 @@ unfinished one what its successor goes on from. SIGTERM asks it to stop: it make
 publishes the best checkpoint if the job is being cancelled, and exits with a code of its own (`exits.py`).
 """
 
+import gc
 import os
 import shutil
 import signal
@@ -36,6 +37,7 @@ from recoup_ml.run import Interrupted
 from recoup_worker import exits
 from recoup_worker.expectation import expect, expected, learn
 from recoup_worker.journal import LedgerJournal
+from recoup_worker.loading import loading
 from recoup_worker.turns import served_by
 
 ANSWERS = "answers"
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
 
 
 def main() -> int:
+    gc.freeze()  # at the process's end the collector would look through all that was imported
     stopping = threading.Event()
     signal.signal(signal.SIGTERM, lambda _number, _frame: stopping.set())
     die_with_parent()
@@ -104,12 +107,14 @@ def _recover(claim: Claim, ledger: Ledger, settings: Settings, stopping: threadi
     checked = journal.stage("preflight", check)
     run = replace(_run(claim, ledger, settings), estimate=expected(checked))
     if not is_recovery:
-        from recoup_ml.recipe import examine
+        with loading():
+            from recoup_ml.recipe import examine
 
         examine(run, journal)
         ledger.succeed(claim, None)
     else:
-        from recoup_ml.recipe import recover
+        with loading():
+            from recoup_ml.recipe import recover
 
         outcome = recover(run, journal)
         learn(claim, ledger, settings, journal)
