@@ -425,7 +425,7 @@ def test_too_few_test_prompts_are_refused_in_a_sentence(
 ) -> None:
     run = make_run("forgetful")
     journal = open_journal(tmp_path)
-    with pytest.raises(EmptyDataset, match="4 test prompts are left; at least 16"):
+    with pytest.raises(EmptyDataset, match="7 test prompts are left; at least 16"):
         recover(replace(run, prompts=without_kinds(run.prompts)[:20]), journal)
     assert journal.published == {}
 
