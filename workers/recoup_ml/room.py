@@ -7,8 +7,8 @@ too many at once is an error of memory, and too few is slow. Where there is room
 inputs alone and are run again on the way back (Chen et al. 2016, arXiv 1604.06174).
 
 Measured on an H200 with LoRA in bfloat16 (`benchmarks/gpu.py memory`): 27 numbers a layer for Llama-3.1-8B's
-shape and 45 for one of 0.5 B, whose MLP is wider for its width; 1.6 of 8B's where layers are run again, at
-two thirds of the speed. Half of what is free is taken, so that both have room.
+shape and 45 for one of 0.5 B, whose MLP is wider for its width. Layers that are run again keep 1.6, at 0.7 to
+0.9 of the speed. Half of what is free is taken, so that both have room.
 """
 
 from dataclasses import dataclass

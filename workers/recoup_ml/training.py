@@ -251,7 +251,10 @@ class Training:
         return learn(self.trainee.model, lesson, self.plan.divergence, mine, regulariser)
 
     def _tokens_at_once(self) -> int:
-        """Tokens that go through the student at once; the same for all processes, which share the pieces."""
+        """Tokens that go through the student at once; the same for all processes, which share the pieces.
+
+        Where few have room, the student's layers are run again on the way back from now on.
+        """
         model, born = self.trainee.model, bool(self._optimizer.state)
         unborn = 0 if born else sum(weight.numel() for weight in self.trainee.parameters)
         room = room_for(

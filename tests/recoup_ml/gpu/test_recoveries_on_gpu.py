@@ -228,10 +228,6 @@ def test_a_student_of_compressed_tensors_learns(
     assert found.outcome in {*GONE, "not_needed", "no_gain"}
 
 
-@pytest.mark.skip(reason="GPTQ: there is no wheel of its kernels to install")
-def test_a_student_of_gptq_learns() -> None: ...
-
-
 @pytest.mark.parametrize(
     ("damage", "method"),
     [
