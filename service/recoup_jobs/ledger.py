@@ -29,6 +29,7 @@ from recoup_jobs.database import connect, migrate, patiently, reader_of
 from recoup_jobs.errors import BadRequest, Conflict, NotFound, PreconditionFailed
 from recoup_jobs.failures import judge
 from recoup_jobs.filters import EVERY, Wanted
+from recoup_jobs.group_commit import GroupCommit
 from recoup_jobs.history import EventType, append, begin, move
 from recoup_jobs.kinds import JOB_ID, PREFIXES, JobKind, kind_of, new_id
 from recoup_jobs.pages import page
@@ -60,6 +61,7 @@ class Ledger:
         self._reader = reader_of(engine)
         self.is_near = engine.dialect.name == "sqlite"
         """A job is read from a file of this machine, in less time than it takes to wake a thread for it."""
+        self._together = GroupCommit(engine)
         self._max_failures = max_application_failures
         self._max_losses = max_infrastructure_losses
 
@@ -90,10 +92,16 @@ class Ledger:
             "tenant": tenant,
             "traceparent": tracing.traceparent(),
         }
-        with self.engine.begin() as conn:
+
+        def write(conn: Connection) -> Recovery:
             recovery = _recovery(begin(conn, row), request)
             also(conn, recovery)
             return recovery
+
+        if self.is_near:
+            return self._together.run(write)
+        with self.engine.begin() as conn:
+            return write(conn)
 
     def get(self, id: str, tenant: str | None = None) -> Recovery:
         """Another tenant's job is as unknown as one that never was; None: anybody's, for a worker."""

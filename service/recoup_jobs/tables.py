@@ -21,6 +21,7 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    text,
 )
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
@@ -36,12 +37,14 @@ def _tenant() -> Column[str]:
     return Column("tenant", String(64), nullable=False, default=DEFAULT_TENANT, server_default=DEFAULT_TENANT)
 
 
+_ENDED = text("finished_at IS NOT NULL")
+
 jobs = Table(
     "jobs",
     metadata,
     Column("number", Number, primary_key=True, autoincrement=True),
     Column("id", String(32), nullable=False, unique=True),
-    Column("state", String(16), nullable=False, index=True),
+    Column("state", String(16), nullable=False),
     Column("stage", String(16)),
     Column("outcome", String(16)),
     Column("error", JSON(none_as_null=True)),
@@ -69,8 +72,8 @@ jobs = Table(
     Column("traceparent", String(55)),
     _tenant(),
     Index("ix_jobs_tenant", "tenant", "number"),
-    Index("ix_jobs_tenant_state", "tenant", "state"),
-    Index("ix_jobs_finished_at", "finished_at"),
+    Index("ix_jobs_state_tenant", "state", "tenant"),
+    Index("ix_jobs_ended", "finished_at", sqlite_where=_ENDED, postgresql_where=_ENDED),
     sqlite_autoincrement=True,
 )
 
