@@ -20,9 +20,9 @@ def damage(kind: str, pattern: str = "none") -> DamageReport:
     )
 
 
-def plan(found: DamageReport, available: int = 100, **request: object) -> Plan:
+def plan(found: DamageReport, available: int = 100, gap: float | None = None, **request: object) -> Plan:
     asked = {"student": {"source": "student"}, "teacher": {"source": "teacher"}} | request
-    return make_plan(CreateRecovery.model_validate(asked), found, available)
+    return make_plan(CreateRecovery.model_validate(asked), found, available, gap)
 
 
 @pytest.mark.parametrize(
@@ -49,6 +49,19 @@ def test_auto_decides_by_the_damage(found: DamageReport, mode: str, output: str,
 def test_steps_and_rate_are_those_seen_to_work(kind: str, mode: str) -> None:
     made = plan(damage(kind), method={"type": "off_policy"}, training={"mode": mode})
     assert made.phases == (Phase("teacher", RULES[kind].steps, RULES[kind].rates[mode]),)
+
+
+@pytest.mark.parametrize(
+    ("gap", "rate"), [(None, 2e-4), (4.8, 2e-4), (2.0, 2e-4), (0.7, 7e-5), (0.33, 3.3e-5), (0.01, 2e-5)]
+)
+def test_a_small_gap_of_a_pruned_student_is_closed_in_small_steps(gap: float | None, rate: float) -> None:
+    made = plan(damage("pruning"), gap=gap)
+    assert [phase.learning_rate for phase in made.phases] == [rate]
+    (told,) = [choice for choice in made.choices if choice.name == "learning_rate"]
+    assert told.value == repr(rate)
+    assert ("here it is" in told.why) == (rate < 2e-4)
+    asked = plan(damage("pruning"), gap=gap, training={"learning_rate": 0.5})
+    assert [phase.learning_rate for phase in asked.phases] == [0.5]
 
 
 HEALTHY = {"teacher": {"source": "student"}, "teach": {"file": "file-" + "0" * 24}}

@@ -148,8 +148,10 @@ def test_a_script_needs_no_more_than_it_uses() -> None:
 def test_a_script_ends_at_the_checkpoint_that_was_kept() -> None:
     plan = planned(asked(method={"type": "two_stage"}, training={"steps": 24}), masked=False)
     report = trained(plan, "lora")
-    for kept, phases in [(20, [(16, 16), (8, 4)]), (12, [(16, 12)]), (None, [(16, 16), (8, 8)])]:
-        points = [Checkpoint(step=kept or 24, validation_kl=0.1, skill_loss=None, chosen=kept is not None)]
+    cases = [(20, [(16, 16), (8, 4)]), (12, [(16, 12)]), (0, [(16, 0)]), (None, [(16, 16), (8, 8)])]
+    for kept, phases in cases:
+        step, chosen = (24, False) if kept is None else (kept, True)
+        points = [Checkpoint(step=step, validation_kl=0.1, skill_loss=None, chosen=chosen)]
         told = report.model_copy(
             update={"training": report.training.model_copy(update={"checkpoints": points})}
         )

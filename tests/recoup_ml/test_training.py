@@ -97,13 +97,16 @@ class Trained:
 def trained(exam: Lesson, tmp_path: Path) -> Callable[..., Trained]:
     """`trained(folder, [lesson], plan)`: a folder's student after training, its best checkpoint saved."""
 
-    def run(folder: Path, lessons: Sequence[Lesson], plan: Plan = PLAN, seed: int = 0) -> Trained:
+    def run(
+        folder: Path, lessons: Sequence[Lesson], plan: Plan = PLAN, seed: int = 0, repaired: bool = False
+    ) -> Trained:
         told: list[TrainingPoint | Checkpoint] = []
         best = tmp_path / f"best-{len(list(tmp_path.iterdir()))}"
         watchers = Watchers(lambda model: kl(model, exam), 0.0, told.append)
         student = models.load(folder)
         trainee = prepare(student, plan.trainable, [1.0] * 4, seed)
-        work = Training(trainee, plan, 0, watchers, kl(student, exam), stops_early=False, best=best)
+        before = kl(student, exam)
+        work = Training(trainee, plan, 0, watchers, before, stops_early=False, best=best, repaired=repaired)
         first, *kept = (FixedCourse(lesson, plan.batch_size, seed) for lesson in lessons)
         for course in kept:
             work.keep(course)
@@ -133,6 +136,18 @@ def test_a_seed_gives_the_same_weights_twice(
     assert first.report.curve == again.report.curve
     assert first.report.checkpoints == again.report.checkpoints
     assert not same(first.best, other.best)
+
+
+def test_a_repair_that_training_makes_worse_is_what_is_kept(
+    student: Student, lesson: Lesson, trained: Callable[..., Trained]
+) -> None:
+    wild = planned(FULL, learning_rate=30.0, steps=4)
+    kept = trained(student("finetuned"), [lesson], wild, repaired=True)
+    assert [point.step for point in kept.report.checkpoints if point.chosen] == [0]
+    assert same(kept.best, student("finetuned"))
+    worse = trained(student("finetuned"), [lesson], wild)
+    assert [point.step for point in worse.report.checkpoints if point.chosen] != [0]
+    assert not same(worse.best, student("finetuned"))
 
 
 @MODES

@@ -41,7 +41,7 @@ from recoup_ml.vllm_engine import VllmEngine
 from recoup_ml.weights import sha256
 
 CALIBRATION = 64
-"""Teacher answers that training-free repairs look at."""
+"""Teacher answers that there are at least, for training-free repairs to look at."""
 ROOM = 2
 """A rewrite may be this many times as long as an answer."""
 
@@ -54,7 +54,9 @@ def generate(run: Run, journal: Journal, done: Done, folder: Path) -> None:
     tokenizer = models.load_tokenizer(run.teacher)
     parts = diagnose.split_prompts(run)
     learnt = skill.split(run).train if run.teaches else parts.train
-    plan = make_plan(run.request, diagnose.read(done).damage, len(learnt))
+    found = diagnose.read(done)
+    gap = found.before.scores.mean_kl - found.floor.mean_kl
+    plan = make_plan(run.request, found.damage, len(learnt), gap)
     results.write(folder / "plan.json", plan)
     wanted = 0 if run.teaches else max(plan.answers("teacher"), CALIBRATION)
     kept = _to_keep(run, parts)[: plan.steps * plan.batch_size]

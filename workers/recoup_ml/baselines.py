@@ -188,5 +188,4 @@ def _candidates(run: Run, plan: Plan) -> list[Repair]:
 
 
 def _calibration(run: Run, done: Done) -> tuple[list[answers.Answered], int]:
-    given = answers.training_answers(done)
-    return given[: answers.CALIBRATION], models.pad_id(models.load_tokenizer(run.teacher))
+    return answers.training_answers(done), models.pad_id(models.load_tokenizer(run.teacher))

@@ -103,6 +103,7 @@ def train(brief: Brief, audience: Audience, team: Team = ALONE) -> None:
         trials.student_kl,
         stops,
         unfinished / BEST,
+        repaired=start.name != "student",
         snapshots=Snapshots(unfinished, audience.stopping),
         regulariser=_regulariser(run, diagnosis.damage),
         halvings=run.halvings,

@@ -91,6 +91,9 @@ class _Rule:
     mode: Mode
     why: str
     method_why: str
+    whole_gap: float | None = None
+    """The gap in nats that the rate of `full` is for: a smaller one gets a share of it, as near the teacher
+    the gradient of a batch is mostly noise."""
 
 
 RULES = {
@@ -117,6 +120,7 @@ RULES = {
         mode="full",
         why="what was cut must be learnt anew, so it takes many steps",
         method_why="the teacher's distribution on its own answers recovered most at equal cost",
+        whole_gap=2.0,
     ),
 }
 TEACHING = _Rule(
@@ -131,6 +135,8 @@ TEACHING = _Rule(
 """Of a healthy model that is taught a skill."""
 MOST_TEACHING_STEPS = 300
 BATCH_SIZE = 8
+LEAST_SHARE = 0.1
+"""Of a learning rate, however small the gap."""
 SECOND_STAGE = 1 / 3
 """Share of the steps, and of the learning rate, that `two_stage` leaves for the student's own answers."""
 DEFAULT_BETA = {"jsd": 0.5, "skew_kl": 0.1}
@@ -145,8 +151,12 @@ DATA: dict[Method, tuple[Data, ...]] = {
 """Whose answers each trained method learns from, in order."""
 
 
-def make_plan(request: CreateRecovery, damage: DamageReport, available: int) -> Plan:
+def make_plan(
+    request: CreateRecovery, damage: DamageReport, available: int, gap: float | None = None
+) -> Plan:
     """Settles every `auto`; `available` is the number of training prompts, or demonstrations.
+
+    `gap` is the student's token KL beyond rounding, nats; None where it was not measured yet.
 
     Raises:
         UnsupportedRequest: the method does not fit the damage, or the output would break a promise.
@@ -158,7 +168,7 @@ def make_plan(request: CreateRecovery, damage: DamageReport, available: int) -> 
     keep_zeros = damage.zero_pattern != "none"
     mode, why_mode = _mode(request, rule)
     output, why_output = _output(request, mode, method, keep_zeros)
-    rate = rule.rates[mode] if asked.learning_rate == "auto" else asked.learning_rate
+    rate, why_rate = _rate(request, rule, mode, gap)
     batch = min(BATCH_SIZE, available) if asked.batch_size == "auto" else asked.batch_size
     steps = _steps(request, rule, available, batch) if asked.steps == "auto" else asked.steps
     divergence, why_divergence = _divergence(request, method)
@@ -169,7 +179,7 @@ def make_plan(request: CreateRecovery, damage: DamageReport, available: int) -> 
             ("objective", _objective(method, divergence, request.method.top_k), why_divergence),
             *([] if request.teach else [("start", start, why_start)]),
             ("mode", _mode_name(mode, keep_zeros, output), why_mode),
-            ("learning_rate", repr(rate), _why(asked.learning_rate, _why_rate(request, mode))),
+            ("learning_rate", repr(rate), _why(asked.learning_rate, why_rate)),
             ("steps", str(steps), _why(asked.steps, rule.why)),
             ("batch_size", str(batch), _why(asked.batch_size, "steady gradients at little memory")),
         ]
@@ -221,8 +231,15 @@ def _steps(request: CreateRecovery, rule: _Rule, available: int, batch: int) -> 
     return min(MOST_TEACHING_STEPS, max(rule.steps, math.ceil(available / max(1, batch))))
 
 
-def _why_rate(request: CreateRecovery, mode: Mode) -> str:
-    return f"teaches with {mode} here" if request.teach else f"recovered most with {mode} here"
+def _rate(request: CreateRecovery, rule: _Rule, mode: Mode, gap: float | None) -> tuple[float, str]:
+    asked, whole = request.training.learning_rate, rule.rates[mode]
+    if asked != "auto":
+        return asked, ""
+    if mode != "full" or rule.whole_gap is None or gap is None or gap >= rule.whole_gap:
+        return whole, f"teaches with {mode} here" if request.teach else f"recovered most with {mode} here"
+    share = max(LEAST_SHARE, gap / rule.whole_gap)
+    why = f"{whole:g} is for a gap of {rule.whole_gap:g} nats and more; here it is {gap:.2g}"
+    return float(f"{share * whole:.2g}"), why
 
 
 def _kind(request: CreateRecovery, damage: DamageReport) -> tuple[str, str]:

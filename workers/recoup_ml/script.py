@@ -124,13 +124,13 @@ class _Phase:
 
 
 def _phases(training: TrainingReport) -> list[_Phase]:
-    """All planned steps where no checkpoint was kept."""
+    """All planned steps where no checkpoint was kept; none of the first phase's where it is the start."""
     kept = next((point.step for point in training.checkpoints if point.chosen), None)
     phases, before = [], 0
     for phase in training.phases:
         taken = phase.planned_steps if kept is None else min(phase.steps, kept - before)
         before += phase.steps
-        if taken > 0:
+        if taken > 0 or not phases:
             phases.append(_Phase(phase.data, phase.planned_steps, taken, phase.learning_rate))
     return phases
 

@@ -109,6 +109,8 @@ class Training:
     """Validation KL of the student before anything was done to it, nats."""
     stops_early: bool
     best: Path
+    repaired: bool = False
+    """Whether it starts from a repair, which is then the first checkpoint: training may make it worse."""
     snapshots: Snapshots | None = None
     regulariser: Regulariser | None = None
     """Acts on what is learnt from the teacher, not on `keep`."""
@@ -166,7 +168,10 @@ class Training:
         began, when = time.monotonic() - at.seconds, validation_steps(phase.steps)
         self._tokens = self._tokens_at_once()
         recorder = self.watchers.recorder
-        if recorder and not self._curve:
+        if self.repaired and not self._curve:
+            self._validate(phase)
+            self._save_if_chosen()
+        elif recorder and not self._curve:
             self._look()
         while at.stopped is None and at.step < phase.steps:
             lessons = [course.next() for course in courses]

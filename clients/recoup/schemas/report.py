@@ -112,6 +112,7 @@ class TrainingPoint(Output):
 
 class Checkpoint(Output):
     step: int
+    """0 is the repair that training started from."""
     validation_kl: float | None
     """Mean token KL(teacher‖student) on validation, nats; null if not finite."""
     skill_loss: float | None
