@@ -39,7 +39,7 @@ def test_imports_go_downwards_only():
     ],
 )
 def test_torch_is_loaded_by_nothing_but_the_science(modules):
-    assert loaded_by(*modules).isdisjoint({"torch", "transformers", "peft", "accelerate"})
+    assert loaded_by(*modules).isdisjoint({"torch", "transformers", "peft", "accelerate", "lm_eval"})
 
 
 def test_the_science_loads_no_web_queue_or_database():

@@ -6,7 +6,7 @@ import typer
 
 from recoup import _render
 from recoup._session import Json, connected, console, show
-from recoup._submit import FILE, TASK, Asked, given, place_of, task_of
+from recoup._submit import FILE, HARNESS, TASK, Asked, given, measured, place_of, task_of
 from recoup._watch import count
 from recoup.schemas import CreateDiagnosis, Progress
 
@@ -22,20 +22,23 @@ def diagnose(
         list[str] | None,
         typer.Option(metavar=TASK, help="JSONL of prompts with right answers to measure; may be repeated."),
     ] = None,
+    harness: Annotated[
+        list[str] | None,
+        typer.Option(metavar=HARNESS, help="Task of lm-evaluation-harness at the server; may be repeated."),
+    ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Where the teacher's answer is cut.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
     json: Json = False,
 ) -> None:
     """Say how a model is damaged, without training it. Ctrl-C leaves the job running."""
-    tasks = [*map(task_of, task or [])]
     fields = given(
         student={"source": student},
         teacher={"source": teacher},
         generation=given(max_new_tokens=max_new_tokens),
-        evaluation=given(tasks=[spec for spec, _ in tasks] or None),
+        evaluation=measured(task, harness),
         seed=seed,
     )
-    asked = Asked(fields, given(prompts=place_of(prompts, "--prompts")), tasks)
+    asked = Asked(fields, given(prompts=place_of(prompts, "--prompts")), [*map(task_of, task or [])])
     with connected(json) as client:
         asked.check(CreateDiagnosis)
         job = client.diagnoses.create(**asked.sent(lambda path: client.files.create(path).id))

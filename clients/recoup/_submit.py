@@ -19,6 +19,7 @@ from recoup.schemas import CreateRecovery, Match
 if TYPE_CHECKING:
     from recoup.client import Client
 
+HARNESS = "NAME[:LIMIT]"
 TASK = "NAME=FILE[:exact|contains|number]"
 FILE = "FILE|ID"
 _UPLOADED = re.compile(r"file-[0-9a-f]{24}")
@@ -49,8 +50,9 @@ class Asked:
 
         sets = {name: {"file": place(found)} for name, found in self.sets.items()}
         tasks = [spec | {"file": place(found)} for spec, found in self.tasks]
+        evaluation = self.fields.get("evaluation", {}) | given(tasks=tasks or None)
         teach = self.fields.get("teach", {}) | {name: place(found) for name, found in self.teach.items()}
-        return self.fields | sets | given(evaluation=given(tasks=tasks or None), teach=teach)
+        return self.fields | sets | given(evaluation=evaluation, teach=teach)
 
 
 def _asked(
@@ -88,6 +90,10 @@ def _asked(
         list[str] | None,
         typer.Option(metavar=TASK, help="JSONL of prompts with right answers to measure; may be repeated."),
     ] = None,
+    harness: Annotated[
+        list[str] | None,
+        typer.Option(metavar=HARNESS, help="Task of lm-evaluation-harness at the server; may be repeated."),
+    ] = None,
     damage: Annotated[str | None, typer.Option(help="finetuning, quantization, pruning or auto.")] = None,
     method: Annotated[str | None, typer.Option(help="off_policy, on_policy, two_stage, … or auto.")] = None,
     mode: Annotated[str | None, typer.Option(help="lora, dora, full, norms or auto.")] = None,
@@ -116,7 +122,7 @@ def _asked(
         method=given(type=method),
         training=given(mode=mode, steps=steps, learning_rate=learning_rate, batch_size=batch_size),
         generation=given(max_new_tokens=max_new_tokens),
-        evaluation=given(tasks=[spec for spec, _ in map(task_of, task or [])] or None),
+        evaluation=measured(task, harness),
         output=given(name=name, servable=servable),
         seed=seed,
         priority=priority,
@@ -193,6 +199,12 @@ def given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None and value != {}}
 
 
+def measured(task: list[str] | None, harness: list[str] | None) -> dict[str, Any]:
+    """The field `evaluation`; files of tasks are yet to be uploaded."""
+    tasks = [spec for spec, _ in map(task_of, task or [])]
+    return given(tasks=tasks or None, harness=[*map(harness_of, harness or [])] or None)
+
+
 def place_of(option: str | None, name: str) -> str | Path | None:
     """The id of an uploaded file, or a path to one that is to be uploaded."""
     if option is None or _UPLOADED.fullmatch(option):
@@ -222,3 +234,11 @@ def task_of(option: str) -> tuple[dict[str, str], str | Path]:
         raise typer.BadParameter(f"'{path}' is no file; expected {TASK}.", param_hint="'--task'")
     found = path if _UPLOADED.fullmatch(path) else Path(path)
     return {"name": name, "file": _UNSENT, "match": match}, found
+
+
+def harness_of(option: str) -> dict[str, Any]:
+    """`NAME[:LIMIT]`."""
+    name, _, limit = option.partition(":")
+    if limit and not limit.isdecimal():
+        raise typer.BadParameter(f"'{option}' is no {HARNESS}.", param_hint="'--harness'")
+    return given(name=name, limit=int(limit) if limit else None)

@@ -30,6 +30,8 @@ SAMPLES, KEPT, WINDOWS, WINDOW_TOKENS, CALIBRATION, TRIALS = 16, 128, 32, 128, 6
 VALIDATIONS, TEST_SHARE, VALIDATION_SHARE = 8, 0.20, 0.12
 TASK_ROWS_KNOWN = 256
 DEFAULT_KEEP_TOKENS = 64
+HARNESS_TOKENS = 1024
+"""A document of lm-evaluation-harness, a guess: four choices, each behind a prompt of 256 tokens."""
 FORMS_OF_LOSS = 6
 """Pieces of logits that a divergence holds at once."""
 CPU_TOKENS, FEWEST_TOKENS, MOST_TOKENS, SHARE = 256, 256, 8_192, 0.5
@@ -224,7 +226,7 @@ def _work(request: CreateRecovery, plan: Planned, amounts: Amounts) -> dict[Stag
     train = max(1, amounts.rows - test - validation)
     probed = SAMPLES * limit + DEFAULT_KEEP_TOKENS * min(KEPT, amounts.keep_rows // 2)
     probed += sum(min(rows, wanted.task_rows) * limit for rows in amounts.task_rows)
-    natural = WINDOWS * WINDOW_TOKENS
+    reading = WINDOWS * WINDOW_TOKENS + HARNESS_TOKENS * sum(task.limit for task in wanted.harness)
     teach = request.teach
     taught = 0 if teach else min(train, max(_answers(plan, "teacher"), CALIBRATION))
     rewritten = min(amounts.taught_rows if teach else train, _answers(plan, "rewrites"))
@@ -242,14 +244,14 @@ def _work(request: CreateRecovery, plan: Planned, amounts: Amounts) -> dict[Stag
     )
     return composed | {
         "diagnose": Work(
-            (test + 2 * shown) * limit + 2 * probed, (3 * test + 2 * shown) * length + 2 * natural
+            (test + 2 * shown) * limit + 2 * probed, (3 * test + 2 * shown) * length + 2 * reading
         ),
         "generate": Work(
             (taught + validation + 2 * rewritten + rehearsed) * limit + kept * DEFAULT_KEEP_TOKENS,
             (taught + validation + rehearsed) * length,
         ),
         "distil": Work(rolled, (VALIDATIONS + TRIALS) * validation * length, sequences * length),
-        "evaluate": Work(2 * probed + shown * limit, (2 * test + shown) * length + 2 * natural),
+        "evaluate": Work(2 * probed + shown * limit, (2 * test + shown) * length + 2 * reading),
         "package": Work(read=length),
     }
 

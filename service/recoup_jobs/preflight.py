@@ -25,6 +25,7 @@ from recoup_jobs.datasets import PromptSource, iter_prompts, require_kind
 from recoup_jobs.errors import Unprocessable
 from recoup_jobs.estimate import machine_of
 from recoup_jobs.findings import Findings, refuse
+from recoup_jobs.harness import task_file
 from recoup_jobs.inspection import Inspections, Model
 from recoup_jobs.ledger import Ledger
 from recoup_jobs.machines import most_memory
@@ -117,6 +118,9 @@ def look(
         with findings.at("/prompts/compose"):
             _require_a_template(teacher)
     _check_data(findings, request, Shelf(ledger, settings, tenant))
+    for index, task in enumerate(request.evaluation.harness):
+        with findings.at(f"/evaluation/harness/{index}/name"):
+            task_file(settings.harness_tasks, task.name)
     return Look(student, teacher, findings.items)
 
 

@@ -76,6 +76,9 @@ class Settings(BaseSettings):
     """A worker starts that vLLM for the stages that ask the teacher, and stops it before it loads a model."""
     model_roots: Annotated[list[Path], NoDecode] = []
     """Folders below which models may lie, comma separated; default: `models` below `home`."""
+    harness_tasks: Path | None = None
+    """A folder of task files of lm-evaluation-harness, which may name Python functions: as trusted as Recoup
+    itself. API and workers each need it."""
     api_key: SecretStr | None = None
     """The operator's own key. Without it, and without keys in the ledger, only loopback names are served."""
     aliases: dict[str, Alias] = {}
@@ -144,6 +147,11 @@ class Settings(BaseSettings):
     @classmethod
     def _absolute(cls, home: Path) -> Path:
         return home.expanduser().resolve()
+
+    @field_validator("harness_tasks")
+    @classmethod
+    def _absolute_where_given(cls, folder: Path | None) -> Path | None:
+        return folder and folder.expanduser().resolve()
 
     @field_validator("database_url")
     @classmethod

@@ -151,6 +151,23 @@ def test_submit_uploads_the_files_of_tasks(run, service, tmp_path):
     }
 
 
+def test_submit_names_tasks_of_the_harness_beside_its_own(run, service, tmp_path):
+    (tmp_path / "sums.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    result = run(
+        *SUBMIT, "--harness", "arc:200", "--harness", "gsm8k", "--task", f"s={tmp_path / 'sums.jsonl'}"
+    )
+    assert result.exit_code == 0, result.output
+    asked = json.loads(service.sent("POST", "/v1/recoveries")[0].body)["evaluation"]
+    assert asked["harness"] == [{"name": "arc", "limit": 200}, {"name": "gsm8k"}]
+    assert [task["name"] for task in asked["tasks"]] == ["s"]
+
+
+@pytest.mark.parametrize("harness", ["arc:many", "arc:3", "../arc", ""])
+def test_a_harness_task_that_cannot_be_is_2(run, service, harness):
+    assert run(*SUBMIT, "--harness", harness).exit_code == 2
+    assert service.seen == []
+
+
 @pytest.mark.parametrize(
     "task", ["{file}", "sums=", "sums={file}:regex", "sums=/no/such/file", "My sums={file}"]
 )

@@ -105,13 +105,14 @@ def test_the_command_sends_its_files_and_prints_what_was_found(diagnose, service
     ended = row(2, "succeeded", report=report.model_dump(mode="json"))
     answer(row(1, "running"), row(1, "running", progress=PROGRESS), ended)
     files = ["--prompts", tmp_path / "general.jsonl", "--task", f"sums={tmp_path / 'sums.jsonl'}:number"]
-    result = diagnose(*files, "--seed", 3)
+    result = diagnose(*files, "--harness", "arc", "--seed", 3)
     assert (result.exit_code, result.stderr) == (0, "diagnose: 3/9 sequences\n")
     assert result.stdout.startswith(f"damage: {report.damage.kind}")
     (sent,) = service.sent("POST", "/v1/diagnoses")
     ids = {file["filename"]: id for id, file in service.files.items()}
     task = {"name": "sums", "file": ids["sums.jsonl"], "match": "number"}
-    more = {"prompts": {"file": ids["general.jsonl"]}, "evaluation": {"tasks": [task]}, "seed": 3}
+    evaluation = {"tasks": [task], "harness": [{"name": "arc"}]}
+    more = {"prompts": {"file": ids["general.jsonl"]}, "evaluation": evaluation, "seed": 3}
     assert json.loads(sent.body) == MODELS | more
 
 

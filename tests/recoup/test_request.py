@@ -37,6 +37,25 @@ def test_tasks_that_cannot_be_told_apart_or_read_are_refused(tasks, place):
     assert error["loc"] == ("evaluation", "tasks", *place)
 
 
+@pytest.mark.parametrize(
+    ("harness", "place"),
+    [
+        ([{"name": "arc"}, {"name": "arc", "shots": 5}], ()),
+        ([{"name": f"t{number}"} for number in range(9)], ()),
+        ([{"name": "../arc"}], (0, "name")),
+        ([{"name": "sub/arc"}], (0, "name")),
+        ([{"name": "arc.yaml"}], (0, "name")),
+        ([{"name": "arc", "limit": 1}], (0, "limit")),
+        ([{"name": "arc", "metric": "acc,none,more"}], (0, "metric")),
+    ],
+)
+def test_harness_tasks_that_name_no_file_or_are_the_same_are_refused(harness, place):
+    with pytest.raises(ValidationError) as refused:
+        EvaluationSpec.model_validate({"harness": harness})
+    (error,) = refused.value.errors()
+    assert error["loc"] == ("harness", *place)
+
+
 OTHER = "file-" + "1" * 24
 
 

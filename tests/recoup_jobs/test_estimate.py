@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from recoup.schemas import Choice, ComposedPrompts, TeachSpec
+from recoup.schemas import Choice, ComposedPrompts, EvaluationSpec, HarnessSpec, TeachSpec
 from recoup_jobs.estimate import BASE_BYTES, CPU, Amounts, Sizes, machine_of, need_of, sizes_of
 from recoup_jobs.inspection import Model
 from recoup_jobs.weights import TensorInfo
@@ -141,3 +141,13 @@ def test_a_teacher_beside_the_student_needs_its_own_memory(need):
 
 def test_a_whole_model_takes_more_disk_than_an_adapter(need):
     assert need(Plan(output="merged")).disk_bytes > need().disk_bytes
+
+
+def test_documents_of_the_harness_are_read_by_each_model_before_and_after(need):
+    def work(limit):
+        asked = [HarnessSpec(name="arc", limit=limit)]
+        return need(evaluation=EvaluationSpec(harness=asked)).work
+
+    less, more = work(100), work(200)
+    grown = {stage for stage in less if more[stage].read > less[stage].read}
+    assert grown == {"diagnose", "evaluate"}

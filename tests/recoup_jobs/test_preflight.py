@@ -8,6 +8,7 @@ from recoup.schemas import (
     ComposedPrompts,
     EvaluationSpec,
     FilePrompts,
+    HarnessSpec,
     MethodSpec,
     ModelRef,
     OutputSpec,
@@ -40,7 +41,7 @@ def student(write_model):
 def findings(ledger, settings, teacher, asked):
     """(pointer, code) of everything that preflight has to say."""
 
-    def run(**changes):
+    def run(settings=settings, **changes):
         try:
             preflight(asked.model_copy(update=changes), ledger, settings)
         except Unprocessable as refusal:
@@ -378,6 +379,25 @@ def test_a_task_must_be_a_file_of_prompts(task_findings):
         ("/evaluation/tasks/0/file", "wrong_rows"),
         ("/evaluation/tasks/1/file", "file_not_found"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("folder", "name", "codes"),
+    [
+        ("tasks", "arc", []),
+        ("tasks", "arc_hard", ["harness_task_not_found"]),
+        ("tasks", "ARC", ["harness_task_not_found"]),
+        (None, "arc", ["harness_task_not_found"]),
+    ],
+)
+def test_a_harness_task_is_a_file_in_the_operators_folder(
+    findings, student, settings, tmp_path, folder, name, codes
+):
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "arc.yaml").write_text("task: arc\n")
+    here = settings.model_copy(update={"harness_tasks": folder and tmp_path / folder})
+    found = findings(here, evaluation=EvaluationSpec(harness=[HarnessSpec(name=name)]))
+    assert found == [("/evaluation/harness/0/name", code) for code in codes]
 
 
 def demonstrations(count, answer="yes", start=0):

@@ -32,6 +32,11 @@ def test_everything_lies_below_home_unless_told_otherwise(tmp_path):
     assert settings.model_roots == [tmp_path / "models"]
 
 
+def test_a_folder_of_harness_tasks_is_the_same_wherever_a_process_runs(monkeypatch):
+    monkeypatch.setenv("RECOUP_HARNESS_TASKS", "tasks")
+    assert Settings().harness_tasks == Path.cwd() / "tasks"
+
+
 def test_lists_are_separated_by_commas(monkeypatch):
     monkeypatch.setenv("RECOUP_MODEL_ROOTS", "/a, /b,")
     assert Settings().model_roots == [Path("/a"), Path("/b")]

@@ -58,7 +58,7 @@ def diagnose(run: Run, journal: Journal, done: Done, folder: Path) -> None:
     save_states(folder / "before-states.safetensors", states)
     if asked:
         skill.measure_untaught(run, student, asked, counter, folder)
-    deficits = measures.deficits(probe.tasks, teacher, before, run.request.seed)
+    deficits = measures.deficits(probe, teacher, before, run.request.seed)
     composed = compose.composition(done)
     results.write(
         folder / "diagnosis.json",

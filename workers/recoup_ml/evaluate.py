@@ -80,7 +80,7 @@ def evaluate(run: Run, journal: Journal, done: Done, folder: Path) -> None:
     found_alignment = aligned(run, diagnosis, done["diagnose"], states, exam)
     taught = _teaching(run, done, able, after)
     outcome, reason = _verdict(run, diagnosis, found, taught)
-    short = measures.deficits(probe.tasks, diagnosis.teacher, after, seed) if after else []
+    short = measures.deficits(probe, diagnosis.teacher, after, seed) if after else []
     evaluation = Evaluation(
         outcome=outcome,
         reason=reason,
@@ -174,7 +174,7 @@ def _verdict(
     if diagnosis.needed:
         return verdict.outcome(found[0], found, run.request.evaluation.gate)
     before, floor = diagnosis.before.scores.mean_kl, diagnosis.floor.mean_kl
-    tasks = ", and no task shows a deficit" if run.tasks else ""
+    tasks = ", and no task shows a deficit" if run.tasks or run.harness else ""
     return "not_needed", (
         f"The student's token KL to its teacher is {before:.2g} nats, rounding alone costs {floor:.2g}"
         f"{tasks}: there is nothing to recover."

@@ -2,16 +2,17 @@
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
 from recoup.schemas import Baseline, Gate, Match, Measure
 from recoup_ml import scores, verdict
+from recoup_ml.errors import UnsupportedRequest
 from recoup_ml.probe import Probe
-from recoup_ml.results import Behaviour, Diagnosis
+from recoup_ml.results import Behaviour, Diagnosis, HarnessScores
 from recoup_ml.scores import Scores, Window
 from recoup_ml.sequences import Answered, Encoded
-from recoup_ml.tasks import Questions
 from recoup_ml.verdict import Array, Paired
 
 RIGHT: dict[Match, str] = {
@@ -38,13 +39,13 @@ def measures(
     ]
     if probe.keep:
         paired.append(_keep(diagnosis, after, probe.keep))
-    paired += _tasks(probe.tasks, diagnosis.teacher, diagnosis.before, after)
+    paired += _tasks(probe, diagnosis.teacher, diagnosis.before, after)
     return [verdict.measure(item, gate, seed) for item in paired]
 
 
-def deficits(tasks: Sequence[Questions], teacher: Behaviour, student: Behaviour, seed: int) -> list[str]:
+def deficits(probe: Probe, teacher: Behaviour, student: Behaviour, seed: int) -> list[str]:
     """The measures of the tasks in which a paired test finds the student short of its teacher."""
-    return verdict.deficits(_tasks(tasks, teacher, student, None), seed)
+    return verdict.deficits(_tasks(probe, teacher, student, None), seed)
 
 
 def divergence(diagnosis: Diagnosis, after: Scores, seed: int) -> Measure:
@@ -175,24 +176,42 @@ def _keep(diagnosis: Diagnosis, after: Behaviour | None, keep: Sequence[Encoded]
     )
 
 
-def _tasks(
-    tasks: Sequence[Questions], teacher: Behaviour, before: Behaviour, after: Behaviour | None
-) -> list[Paired]:
-    return [
-        Paired(
-            f"task:{task.spec.name}",
-            f"{task.spec.name}, {RIGHT[task.spec.match]}",
-            "share",
-            "higher",
-            verdict.ratio_of_sums(),
-            *(
-                item and _pairs(item.tasks[task.spec.name], [1.0] * len(task.items))
-                for item in (teacher, before, after)
-            ),
-            guarded=True,
-        )
-        for task in tasks
+def _tasks(probe: Probe, teacher: Behaviour, before: Behaviour, after: Behaviour | None) -> list[Paired]:
+    models = teacher, before, after
+    own = [
+        _task(f"task:{name}", f"{name}, {RIGHT[match]}", [item and item.tasks[name] for item in models])
+        for name, match in ((task.spec.name, task.spec.match) for task in probe.tasks)
     ]
+    names = [task.spec.name for task in probe.harness]
+    return own + [_harness(name, [item and item.harness[name] for item in models]) for name in names]
+
+
+def _harness(name: str, models: Sequence[HarnessScores | None]) -> Paired:
+    """Raises `UnsupportedRequest` where the models were not asked the same."""
+    asked = [item for item in models if item]
+    if len({item.asked_sha256 for item in asked}) > 1:
+        raise UnsupportedRequest(
+            f"The documents of the task {name} of lm-evaluation-harness changed while the recovery ran; "
+            "submit it again, and leave RECOUP_HARNESS_TASKS alone meanwhile."
+        )
+    metric, better = asked[0].metric.removesuffix(",none"), asked[0].better
+    values = [item and item.values for item in models]
+    return _task(f"harness:{name}", f"{name}, {metric}", values, "mean", better)
+
+
+def _task(
+    name: str,
+    label: str,
+    models: Sequence[Sequence[float] | None],
+    unit: str = "share",
+    better: Literal["lower", "higher"] = "higher",
+) -> Paired:
+    """The mean of a mark for each question: of the teacher, the student before, and after if there is one."""
+    teacher, before, after = (
+        None if marks is None else _pairs(marks, [1.0] * len(marks)) for marks in models
+    )
+    mean = verdict.ratio_of_sums()
+    return Paired(name, label, unit, better, mean, teacher, before, after, guarded=True)
 
 
 def _pairs(sums: Sequence[float], weights: Sequence[float]) -> Array:

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from recoup_ml import scores
+from recoup_ml import harness, scores
 from recoup_ml.errors import EmptyDataset
 from recoup_ml.generate import LocalEngine
 from recoup_ml.natural_text import python_documentation
 from recoup_ml.results import Behaviour
-from recoup_ml.run import Counter, Run
+from recoup_ml.run import Counter, HarnessTask, Run
 from recoup_ml.scores import Scores
 from recoup_ml.sequences import Answered, Encoded, encode, reference_room
 from recoup_ml.splits import split_keep
@@ -29,6 +29,7 @@ class Probe:
     """Natural text."""
     keep: list[Encoded]
     tasks: list[Questions]
+    harness: Sequence[HarnessTask]
     tokenizer: PreTrainedTokenizerBase
     sample_tokens: int
     keep_tokens: int
@@ -50,11 +51,16 @@ class Probe:
             tasks={
                 task.spec.name: task.marked(answer(task.items, task.max_new_tokens)) for task in self.tasks
             },
+            harness={
+                task.spec.name: harness.scores(model, self.tokenizer, task, counter.part(task.spec.limit))
+                for task in self.harness
+            },
         )
 
     @property
     def answers(self) -> int:
-        return len(self.samples) + len(self.keep) + sum(len(task.items) for task in self.tasks)
+        own = len(self.samples) + len(self.keep) + sum(len(task.items) for task in self.tasks)
+        return own + sum(task.spec.limit for task in self.harness)
 
 
 def make_probe(run: Run, test: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase) -> Probe:
@@ -69,6 +75,7 @@ def make_probe(run: Run, test: Sequence[Encoded], tokenizer: PreTrainedTokenizer
         windows=windows,
         keep=keep,
         tasks=[questions(task, run, tokenizer) for task in run.tasks],
+        harness=harness.installed(run.harness),
         tokenizer=tokenizer,
         sample_tokens=run.request.generation.max_new_tokens,
         keep_tokens=keep_tokens(keep, tokenizer),

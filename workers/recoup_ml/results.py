@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from pydantic import TypeAdapter
 
@@ -11,6 +11,19 @@ from recoup.schemas import Baseline, DamageReport, Measure, Outcome, OutputForm,
 from recoup_ml.scores import Scores, Window
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class HarnessScores:
+    """How one model did in a task of lm-evaluation-harness."""
+
+    metric: str
+    """With the filter whose answers it marks, as `acc,none`."""
+    better: Literal["lower", "higher"]
+    values: list[float]
+    """By document."""
+    asked_sha256: str
+    """Of the documents and of the prompts made of them, in their order."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +40,8 @@ class Behaviour:
     """Its answers to the `keep` prompts."""
     tasks: dict[str, list[bool]]
     """By the task's name, whether it answered each question rightly."""
+    harness: dict[str, HarnessScores]
+    """By the task's name."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from recoup.schemas import CostEstimate, CreateRecovery, Prompt, Stage, TaskSpec
+from recoup.schemas import CostEstimate, CreateRecovery, HarnessSpec, Prompt, Stage, TaskSpec
 
 
 @dataclass(frozen=True)
@@ -15,6 +15,14 @@ class Task:
     spec: TaskSpec
     prompts: Sequence[Prompt]
     """Each with its reference answer."""
+
+
+@dataclass(frozen=True)
+class HarnessTask:
+    """A task of `evaluation.harness` with its file."""
+
+    spec: HarnessSpec
+    file: Path
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,7 @@ class Run:
     """Demonstrations of the skill of `request.teach`."""
     held_out: Sequence[Prompt] = ()
     """Those of `request.teach.held_out`."""
+    harness: Sequence[HarnessTask] = ()
     rollout_urls: tuple[str, ...] = ()
     """Servers of students, for answers of the one that learns; none, or none of it: it answers itself."""
     answers: Path | None = None

@@ -25,6 +25,7 @@ from recoup_jobs import logs, tracing
 from recoup_jobs.claims import Claim
 from recoup_jobs.datasets import load_prompts, load_text
 from recoup_jobs.errors import RecoupError, StaleClaim, Unavailable
+from recoup_jobs.harness import task_file
 from recoup_jobs.kinds import kind_of
 from recoup_jobs.ledger import Ledger, open_ledger
 from recoup_jobs.preflight import preflight
@@ -136,7 +137,7 @@ def _publish_best(claim: Claim, ledger: Ledger, settings: Settings) -> None:
 
 
 def _run(claim: Claim, ledger: Ledger, settings: Settings) -> "Run":
-    from recoup_ml.run import Run, Task
+    from recoup_ml.run import HarnessTask, Run, Task
 
     request = claim.request
     text = request.evaluation.natural_text
@@ -157,6 +158,10 @@ def _run(claim: Claim, ledger: Ledger, settings: Settings) -> "Run":
         tasks=[
             Task(spec, load_prompts(ledger, settings, FilePrompts(file=spec.file)))
             for spec in request.evaluation.tasks
+        ],
+        harness=[
+            HarnessTask(spec, task_file(settings.harness_tasks, spec.name))
+            for spec in request.evaluation.harness
         ],
         natural_text=load_text(ledger, settings, text) if text else [],
         vllm_urls=urls,

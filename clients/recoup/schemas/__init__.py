@@ -86,6 +86,7 @@ if TYPE_CHECKING:
         FilePrompts,
         Gate,
         GenerationSpec,
+        HarnessSpec,
         Limits,
         LoraSpec,
         Match,
@@ -119,8 +120,8 @@ _MODULES = {
     ),
     "request": (
         "AlignmentSpec BuiltinPrompts ChangeRecovery ComposedPrompts CreateRecovery Damage DivergenceName "
-        "EvaluationSpec FilePrompts Gate GenerationSpec Limits LoraSpec Match Method MethodSpec "
-        "ModelRef OutputSpec RolloutSpec TaskSpec TeachSpec TrainingSpec"
+        "EvaluationSpec FilePrompts Gate GenerationSpec HarnessSpec Limits LoraSpec Match Method "
+        "MethodSpec ModelRef OutputSpec RolloutSpec TaskSpec TeachSpec TrainingSpec"
     ),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
@@ -174,6 +175,7 @@ __all__ = [
     "FilePrompts",
     "Gate",
     "GenerationSpec",
+    "HarnessSpec",
     "InContext",
     "JobError",
     "Launch",

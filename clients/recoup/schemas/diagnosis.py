@@ -16,6 +16,7 @@ from recoup.schemas.request import (
     Damage,
     FilePrompts,
     GenerationSpec,
+    HarnessSpec,
     Input,
     Limits,
     MetadataKey,
@@ -32,6 +33,7 @@ class ExamSpec(Input):
     natural_text: FilePrompts | None = None
     tasks: list[TaskSpec] = Field(default=[], max_length=8)
     task_rows: Annotated[int, Field(ge=16, le=10_000)] = 256
+    harness: list[HarnessSpec] = Field(default=[], max_length=8)
     test_sequences: Annotated[int, Field(ge=16, le=10_000)] = 128
 
 
@@ -63,8 +65,9 @@ class CreateDiagnosis(Input):
     def _recoverable(self) -> "CreateDiagnosis":
         if self.generation.max_new_tokens >= self.max_length:
             raise ValueError("generation.max_new_tokens must be less than max_length")
-        if len({task.name for task in self.evaluation.tasks}) < len(self.evaluation.tasks):
-            raise ValueError("every task must have a name of its own")
+        for tasks in (self.evaluation.tasks, self.evaluation.harness):
+            if len({task.name for task in tasks}) < len(tasks):
+                raise ValueError("every task must have a name of its own")
         return self
 
     def as_recovery(self) -> CreateRecovery:

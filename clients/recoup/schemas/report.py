@@ -19,7 +19,7 @@ class Measure(Output):
 
     name: str
     """`kl`, `kl_p99`, `agreement`, `perplexity_answers`, `bits_per_character`, `repetition`, `keep`,
-    and `task:<name>` for each task."""
+    `task:<name>` for each task, and `harness:<name>` for each of lm-evaluation-harness."""
     label: str
     unit: str
     better: Literal["lower", "higher"]

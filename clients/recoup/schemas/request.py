@@ -33,6 +33,8 @@ LayerIndex = Annotated[int, Field(ge=0, le=9999)]
 LayerName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.\-]{1,64}$")]
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._\-]{0,63}$")]
 TaskName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_\-]{1,32}$")]
+HarnessName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_\-]{0,63}$")]
+MetricName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_\-]{1,64}(,[A-Za-z0-9_\-]{1,64})?$")]
 
 
 class Input(BaseModel):
@@ -218,6 +220,19 @@ class TaskSpec(Input):
     exact, at least for `generation.max_new_tokens`."""
 
 
+class HarnessSpec(Input):
+    """A task of lm-evaluation-harness whose file the server's operator has put there."""
+
+    name: HarnessName
+    limit: Annotated[int, Field(ge=16, le=10_000)] = 256
+    """At most so many of its documents, the first ones."""
+    shots: Annotated[int, Field(ge=0, le=64)] | None = None
+    """Answered examples before each question; null: as many as the task's file says."""
+    metric: MetricName | None = None
+    """One of the task's that is a mean over documents, as `acc_norm` or, with the filter whose answers it
+    marks, `exact_match,strict-match`; null: the first."""
+
+
 class EvaluationSpec(Input):
     baselines: bool = True
     """Measure the training-free repairs of this damage beside the trained student."""
@@ -227,15 +242,17 @@ class EvaluationSpec(Input):
     """Each is a guarded measure; what stands in one is not trained on."""
     task_rows: Annotated[int, Field(ge=16, le=10_000)] = 256
     """At most so many rows of a task are asked, chosen by hash."""
+    harness: Annotated[list[HarnessSpec], Field(max_length=8)] = []
+    """Each is a guarded measure; their documents are the operator's, and never trained on."""
     test_sequences: Annotated[int, Field(ge=16, le=10_000)] = 128
     """At most so many held-out prompts decide the verdict."""
     validation_sequences: Annotated[int, Field(ge=8, le=10_000)] = 64
     """At most so many choose the checkpoint."""
     gate: Gate = Gate.model_construct()
 
-    @field_validator("tasks")
+    @field_validator("tasks", "harness")
     @classmethod
-    def _differ(cls, tasks: list[TaskSpec]) -> list[TaskSpec]:
+    def _differ(cls, tasks: list[TaskSpec] | list[HarnessSpec]) -> list[TaskSpec] | list[HarnessSpec]:
         if len({task.name for task in tasks}) < len(tasks):
             raise ValueError("every task must have a name of its own")
         return tasks
