@@ -1,5 +1,6 @@
 """The tables and correlations of docs/03-methods.md, made from the rows of the grid."""
 
+import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
@@ -69,7 +70,7 @@ def _method(method: str, rows: Sequence[Row]) -> str:
         else "–"
     )
     mean = {
-        key: [fmean(row["measures"][key][at] or float("nan") for row in rows) for at in range(3)]
+        key: [fmean(_number(row["measures"][key][at]) for row in rows) for at in range(3)]
         for key in rows[0]["measures"]
     }
     cost = [
@@ -86,7 +87,12 @@ def _values(measures: dict[str, Sequence[float]], at: int) -> list[str]:
 
 
 def _cka(rows: Sequence[Row], at: int) -> list[str]:
-    return [f"{fmean(row[key][at] or float('nan') for row in rows):.3f}" for key in ("cka_last", "cka_mean")]
+    return [f"{fmean(_number(row[key][at]) for row in rows):.3f}" for key in ("cka_last", "cka_mean")]
+
+
+def _number(value: float | None) -> float:
+    """Of what was not measured, or not finite: not a number."""
+    return math.nan if value is None else value
 
 
 def _line(cells: Iterable[str]) -> str:

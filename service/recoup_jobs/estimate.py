@@ -235,7 +235,7 @@ def _work(request: CreateRecovery, plan: Planned, amounts: Amounts) -> dict[Stag
     rewritten = min(amounts.taught_rows if teach else train, _answers(plan, "rewrites"))
     steps = sum(phase.steps for phase in plan.phases)
     rehearsed = min(train, steps * plan.batch_size) if teach and teach.rehearse else 0
-    kept = min(amounts.keep_rows, steps * plan.batch_size - rehearsed)
+    kept = min(amounts.keep_rows, max(steps * plan.batch_size, CALIBRATION) - rehearsed)
     sequences = steps * plan.batch_size * (2 if amounts.keep_rows or rehearsed else 1)
     shown = amounts.tested_rows(wanted.test_sequences)
     rolled = (_answers(plan, "student") + _answers(plan, "demonstrated")) * limit

@@ -653,6 +653,15 @@ def test_a_repair_is_a_method_of_its_own(damage: str, method: str, finish: Calla
     assert "recipe.py" not in found.journal.published
 
 
+def test_a_repair_that_is_the_method_is_chosen_with_the_skill_in_view(
+    finish: Callable[..., Finished],
+) -> None:
+    report = finish("forgetful", keep=tickets(60), method={"type": "interpolate"}, **LENIENT).report
+    assert all(tried.keep_kl for tried in report.repairs)
+    costs = [tried.validation_kl + tried.keep_kl for tried in report.repairs]
+    assert costs == sorted(costs)
+
+
 def test_the_best_repair_stands_beside_the_trained_student(forgetful: Finished) -> None:
     report = forgetful.report
     assert {tried.name for tried in report.repairs} == {"interpolate", "spectral", "restore_layers"}

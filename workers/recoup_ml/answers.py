@@ -41,7 +41,7 @@ from recoup_ml.vllm_engine import VllmEngine
 from recoup_ml.weights import sha256
 
 CALIBRATION = 64
-"""Teacher answers that there are at least, for training-free repairs to look at."""
+"""Answers of the teacher, and of the student to `keep`, that there are at least: repairs look at them."""
 ROOM = 2
 """A rewrite may be this many times as long as an answer."""
 
@@ -59,7 +59,7 @@ def generate(run: Run, journal: Journal, done: Done, folder: Path) -> None:
     plan = make_plan(run.request, found.damage, len(learnt), gap)
     results.write(folder / "plan.json", plan)
     wanted = 0 if run.teaches else max(plan.answers("teacher"), CALIBRATION)
-    kept = _to_keep(run, parts)[: plan.steps * plan.batch_size]
+    kept = _to_keep(run, parts)[: max(plan.steps * plan.batch_size, CALIBRATION)]
     chosen = parts.train[:wanted], parts.validation, kept
     train, validation, keep = (encode(part, tokenizer, run.prompt_tokens) for part in chosen)
     referenced = _with_references(learnt)[: plan.answers("rewrites")]
