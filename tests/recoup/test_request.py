@@ -63,3 +63,30 @@ def test_a_teaching_needs_a_file_alone():
 def test_a_teaching_is_of_a_healthy_model(changes, words):
     with pytest.raises(ValidationError, match=words):
         teaching(**changes)
+
+
+EMA = {"type": "self_demonstration", "teacher": "ema"}
+
+
+def test_a_healthy_model_may_be_taught_by_its_own_average():
+    assert teaching().method.teacher == "frozen"
+    assert teaching(method=EMA).method.ema_rate is None
+    assert teaching(method=EMA | {"ema_rate": 1.0}).method.ema_rate == 1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"teach": None, "method": EMA}, "a recovery's target is what the healthy original does"),
+        ({"teach": None, "method": EMA, "teacher": {"source": "b"}}, "belongs to teach"),
+        ({"method": EMA | {"type": "sft"}}, "belongs to method.type self_demonstration"),
+        ({"method": EMA | {"type": "auto"}}, "belongs to method.type self_demonstration"),
+        ({"method": {"type": "self_demonstration", "ema_rate": 0.1}}, "belongs to method.teacher ema"),
+        ({"method": EMA | {"ema_rate": 0.0}}, "greater than 0"),
+        ({"method": EMA | {"ema_rate": 1.1}}, "less than or equal to 1"),
+        ({"method": EMA | {"teacher": "live"}}, "'frozen' or 'ema'"),
+    ],
+)
+def test_a_teacher_moves_nowhere_else(changes, words):
+    with pytest.raises(ValidationError, match=words):
+        teaching(**changes)

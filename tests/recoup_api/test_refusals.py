@@ -80,6 +80,8 @@ def test_prompts_that_were_never_uploaded(refusal, body):
         ({"student": {}}, "/student/source"),
         ({"teacher": None}, "/teacher"),
         ({"training": {"steps": "2"}}, "/training/steps"),
+        ({"method": {"type": "self_demonstration", "teacher": "live"}}, "/method/teacher"),
+        ({"method": {"type": "self_demonstration", "ema_rate": 0.0}}, "/method/ema_rate"),
         ({"training": {"learning_rate": 0}}, "/training/learning_rate"),
         ({"training": {"lora": {"targets": ["A B"]}}}, "/training/lora/targets/0"),
         ({"damage": "rust"}, "/damage"),
@@ -101,6 +103,12 @@ def test_a_value_out_of_bounds_is_named_by_its_place_in_what_was_sent(refusal, b
     problem = refusal(body | change)
     assert (problem.status, problem.code) == (422, "invalid_value")
     assert found(problem) == [(pointer, "invalid_value")]
+
+
+def test_a_recovery_by_a_teacher_that_moves(refusal, body):
+    problem = refusal(body | {"method": {"type": "self_demonstration", "teacher": "ema"}})
+    assert (problem.status, problem.code) == (422, "invalid_value")
+    assert "a recovery's target is what the healthy original does" in problem.detail
 
 
 def test_a_block_that_the_student_does_not_have(refusal, body, write_model):

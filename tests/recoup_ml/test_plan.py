@@ -76,6 +76,27 @@ def test_a_skill_is_taught_by_demonstrations_alone() -> None:
     assert made.divergence.name == "forward_kl"
 
 
+@pytest.mark.parametrize(
+    ("asked", "rate", "named"),
+    [
+        ({}, None, "frozen"),
+        ({"teacher": "ema"}, 0.02, "moving average, rate 0.02"),
+        ({"teacher": "ema", "ema_rate": 0.5}, 0.5, "moving average, rate 0.5"),
+    ],
+)
+def test_who_is_shown_the_demonstrations_is_named(asked: dict, rate: float | None, named: str) -> None:
+    made = plan(damage("none"), **HEALTHY, method={"type": "self_demonstration"} | asked)
+    (teacher,) = [choice for choice in made.choices if choice.name == "teacher"]
+    assert (made.ema_rate, teacher.value) == (rate, named)
+
+
+def test_the_teacher_of_a_recovery_does_not_move() -> None:
+    made = plan(damage("finetuning"), method={"type": "self_demonstration"})
+    (why,) = [choice.why for choice in made.choices if choice.name == "teacher"]
+    assert made.ema_rate is None and "must not move" in why
+    assert not any(choice.name == "teacher" for choice in plan(damage("finetuning")).choices)
+
+
 @pytest.mark.parametrize("method", DATA)
 def test_a_trained_method_learns_from_the_answers_it_is_known_for(method: str) -> None:
     made = plan(damage("finetuning"), method={"type": method}, training={"steps": 30, "learning_rate": 1e-3})

@@ -5,7 +5,7 @@ import random
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,18 @@ SMALL = {
 VALIDATED = defaultdict(lambda: (0, 2, 4, 6, 8), two_stage=(0, 1, 2, 4, 5, 6, 7, 8))
 """After which steps, by method; 0 is the start."""
 KEEP = [ChatRow.model_validate(row).as_prompt() for row in ticket_rows(24, seed=77)]
-METHODS = ["off_policy", "on_policy", "two_stage", "rewrite_sft", "sft", "self_demonstration"]
+METHODS = ["off_policy", "on_policy", "two_stage", "rewrite_sft", "sft", "self_demonstration", "averaged"]
+AVERAGED = {
+    "student": {"source": "teacher"},
+    "teach": {"file": "file-" + "0" * 24, "rehearse": False},
+    "method": {
+        "type": "self_demonstration",
+        "teacher": "ema",
+        "ema_rate": 0.3,
+        "rollouts": {"refresh_steps": 3},
+    },
+}
+"""A healthy model that is taught by its own moving average."""
 LORA = {"mode": "lora", "lora": {"rank": 4, "alpha": 8}}
 TRAINABLE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "lora": ("forgetful", LORA, {}),
@@ -41,6 +52,8 @@ TRAINABLE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "masked lora": ("pruned", LORA, {"output": {"kind": "merged"}}),
     "repaired": ("rounded", LORA | {"start": "repair"}, {}),
     "watched": ("forgetful", LORA, {"alignment": {"positions": 256, "every_steps": 1, "weight": 0.1}}),
+    "healthy": ("copy", LORA, {}),
+    "healthy full": ("copy", {"mode": "full"}, {}),
     "hopeless": ("forgetful", LORA | {"learning_rate": 1e-9, "stop_early": True}, {}),
 }
 
@@ -71,13 +84,15 @@ def prepare(
     def make(method: str, trains: str = "lora") -> Prepared:
         if (method, trains) not in found:
             damage, training, others = TRAINABLE[trains]
+            averaged = method == "averaged"
+            chosen = {"method": {"type": method, "rollouts": {"refresh_steps": 3}}}
             run = make_run(
                 damage,
                 keep=KEEP if method == "two_stage" else (),
-                **SMALL | others,
+                **SMALL | others | (AVERAGED if averaged else chosen),
                 training={"steps": STEPS, "learning_rate": 1e-3, "stop_early": False} | training,
-                method={"type": method, "rollouts": {"refresh_steps": 3}},
             )
+            run = replace(run, teach=KEEP if averaged else ())
             place = tmp_path_factory.mktemp(f"{method}-{trains}".replace(" ", "-"))
             if damage in diagnosed:
                 shutil.copytree(diagnosed[damage], place / "diagnose")
@@ -148,7 +163,15 @@ def kill_and_go_on(prepared: Prepared, points: Sequence[int], open_journal: type
 def test_five_kills_change_no_bit(
     method: str, prepare: Callable[..., Prepared], open_journal: type, tmp_path: Path
 ) -> None:
-    kill_and_go_on(prepare(method), kill_points(method), open_journal, tmp_path / "killed")
+    prepared = prepare(method, "healthy" if method == "averaged" else "lora")
+    kill_and_go_on(prepared, kill_points(method), open_journal, tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_the_average_of_a_whole_model_goes_on_where_it_was(
+    prepare: Callable[..., Prepared], open_journal: type, tmp_path: Path
+) -> None:
+    kill_and_go_on(prepare("averaged", "healthy full"), [6], open_journal, tmp_path / "killed")
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,22 @@ from typing import Any
 import pytest
 import torch
 
+from recoup.schemas import ChatRow
 from recoup_ml import distil
 from recoup_ml.recipe import recover
 from recoup_ml.run import Interrupted, Run
+from recoup_ml.tickets import ticket_rows
 from recoup_ml.weights import Weights
 
 STEPS = 6
 GREEDY = {"temperature": 0.0, "refresh_steps": 3}
+AVERAGED = {
+    "student": {"source": "teacher"},
+    "teach": {"file": "file-" + "0" * 24, "rehearse": False},
+    "method": {"type": "self_demonstration", "teacher": "ema", "ema_rate": 0.5, "rollouts": GREEDY},
+}
+"""A healthy model that is taught by its own moving average, of which each process has one."""
+TICKETS = [ChatRow.model_validate(row).as_prompt() for row in ticket_rows(24, seed=77)]
 SMALL = {
     "generation": {"max_new_tokens": 8},
     "evaluation": {"test_sequences": 16, "validation_sequences": 8, "baselines": False},
@@ -34,6 +43,7 @@ def prepare(
 
     def make(damage: str, **request: Any) -> tuple[Run, Path]:
         run, place = make_run(damage, **SMALL | request), tmp_path_factory.mktemp("prepared")
+        run = replace(run, teach=TICKETS if run.teaches else ())
         with pytest.raises(ConnectionResetError):
             recover(run, open_journal(place, breaks_in="distil"))
         shutil.rmtree(place / ".distil")
@@ -74,13 +84,11 @@ def copied(place: Path, tmp_path: Path, name: str) -> Path:
     ("damage", "request_"),
     [
         ("forgetful", {}),
-        (
-            "forgetful",
-            {"method": {"type": "on_policy", "rollouts": {"temperature": 0.0, "refresh_steps": 3}}},
-        ),
+        ("forgetful", {"method": {"type": "on_policy", "rollouts": GREEDY}}),
+        ("copy", AVERAGED),
         pytest.param("pruned", {"alignment": {"positions": 256, "every_steps": 2}}, marks=pytest.mark.slow),
     ],
-    ids=["adapter", "rollouts", "masked and watched"],
+    ids=["adapter", "rollouts", "averaged", "masked and watched"],
 )
 def test_two_processes_learn_what_one_does(
     damage: str,

@@ -3,8 +3,9 @@
 What it learns from is the plan's choice: the teacher's distributions on the teacher's answers
 (off-policy; QAD, arXiv 2601.20088), on the student's own answers (on-policy; GKD, arXiv
 2306.13649), the one and then the other (arXiv 2604.15794), those of a teacher that is shown the
-reference answer (self-demonstration; arXiv 2601.19897), or texts by cross-entropy. The
-teacher is frozen. The checkpoint is chosen by KL on validation prompts, never by training loss; where a
+reference answer (self-demonstration; arXiv 2601.19897), or texts by cross-entropy. The teacher is
+frozen, but where a healthy model is taught it may be the moving average of its own weights
+(`moving_average.py`). The checkpoint is chosen by KL on validation prompts, never by training loss; where a
 skill is taught, by that KL, which there is drift, and the loss on validation demonstrations together.
 
 Prompts of `keep` enter every step with the damaged student's own distribution as their target, so
@@ -25,6 +26,7 @@ from recoup.schemas import Checkpoint, DamageReport, TrainingPoint, TrainingRepo
 from recoup_ml import answers, baselines, diagnose, durable, models, regulariser, skill
 from recoup_ml.alignment import choose_positions, with_embeddings
 from recoup_ml.lessons import Course, FixedCourse
+from recoup_ml.moving_average import MovingAverage
 from recoup_ml.observation import Observation, observe
 from recoup_ml.plan import DATA, Data
 from recoup_ml.regulariser import Regulariser
@@ -92,6 +94,7 @@ def train(brief: Brief, audience: Audience, team: Team = ALONE) -> None:
     taught = _taught(run, tokenizer, start.model, team)
     distances = diagnosis.damage.distance_by_layer
     trainee = prepare(start.model, plan.trainable, distances, run.request.seed, start.peft)
+    average = None if plan.ema_rate is None else MovingAverage(trainee, plan.ema_rate)
     watchers = Watchers(validate, diagnosis.floor.mean_kl, tell, recorder, taught)
     stops = run.request.training.stop_early
     unfinished = folder / durable.UNFINISHED
@@ -107,11 +110,12 @@ def train(brief: Brief, audience: Audience, team: Team = ALONE) -> None:
         regulariser=_regulariser(run, diagnosis.damage),
         halvings=run.halvings,
         team=team,
+        average=average,
     )
     keep = answers.kept(done, plan)
     if keep:
         training.keep(FixedCourse(keep, plan.batch_size, run.request.seed))
-    room = Room(run, plan, trainee, tokenizer, unfinished, team)
+    room = Room(run, plan, trainee, tokenizer, unfinished, team, average)
     training.take_up()
     for phase in training.left():
         with ExitStack() as ends:

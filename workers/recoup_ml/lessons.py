@@ -7,6 +7,7 @@ hands out a lesson a step, whichever it is.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -107,12 +108,14 @@ class FixedCourse:
 class RolloutCourse:
     """The student as it is answers a few steps' prompts; the teacher is observed on the answers.
 
-    On-policy distillation (GKD, arXiv 2306.13649, λ = 1).
+    On-policy distillation (GKD, arXiv 2306.13649, λ = 1). A teacher that stays as it is says at once what it
+    has to say of all these answers, one that moves says it at the step that learns from it.
 
     Args:
         answer: the present student's answers to prompts.
         teach: the lesson that the teacher makes of answers.
         refresh: for how many steps the student answers at once.
+        moving: whether the teacher is another one at every step.
     """
 
     def __init__(
@@ -123,12 +126,13 @@ class RolloutCourse:
         size: int,
         refresh: int,
         seed: int,
+        moving: bool = False,
     ) -> None:
         self._prompts, self._answer, self._teach = prompts, answer, teach
-        self._refresh = refresh
+        self._refresh, self._moving = refresh, moving
         self._draws, self._drawn = draws(len(prompts), size * refresh, seed), 0
         self._answers: Sequence[Answered] = []
-        self._ready: list[Lesson] = []
+        self._ready: list[Callable[[], Lesson]] = []
         self._mismatch = Mismatch()
 
     def next(self) -> Lesson:
@@ -137,10 +141,13 @@ class RolloutCourse:
             self._drawn += 1
             self._mismatch += Mismatch.of(answer.drift for answer in self._answers if answer.drift)
             self._ready = self._lessons()
-        return self._ready.pop(0)
+        return self._ready.pop(0)()
 
     def state(self) -> dict[str, Any]:
-        """Answers are kept, being those of a student that is gone; the teacher would say the same again."""
+        """Answers are kept, being those of a student that is gone.
+
+        What a teacher said of them is not: one that stays would say it again, one that moves has yet to.
+        """
         answers = [asdict(answer) for answer in self._answers] if self._ready else []
         ready, mismatch = len(self._ready), asdict(self._mismatch)
         return {"drawn": self._drawn, "answers": answers, "ready": ready, "mismatch": mismatch}
@@ -155,10 +162,12 @@ class RolloutCourse:
     def rollouts(self) -> RolloutReport | None:
         return self._mismatch.report()
 
-    def _lessons(self) -> list[Lesson]:
-        lesson = self._teach(self._answers)
+    def _lessons(self) -> list[Callable[[], Lesson]]:
         steps = min(self._refresh, len(self._answers))
-        return [lesson.rows(range(step, len(self._answers), steps)) for step in range(steps)]
+        if self._moving:
+            return [partial(self._teach, self._answers[step::steps]) for step in range(steps)]
+        lesson = self._teach(self._answers)
+        return [partial(lesson.rows, range(step, len(self._answers), steps)) for step in range(steps)]
 
 
 def draws(count: int, size: int, seed: int) -> Iterator[list[int]]:

@@ -62,6 +62,10 @@ class Head:
         """The same head, keeping its present weights though the model may be changed or moved."""
         return self._with(Tensor.detach)
 
+    def kept(self) -> "Head":
+        """The same head, detached; of weights that train a copy, since they may be others soon."""
+        return self._with(lambda own: own.detach().clone() if own.requires_grad else own)
+
     def like(self, tensor: Tensor) -> "Head":
         """The same head in another tensor's dtype and on its device."""
         return self._with(lambda own: own.to(tensor))

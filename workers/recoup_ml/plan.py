@@ -71,6 +71,9 @@ class Plan:
     """Whether a training-free repair that came nearer on validation is what training starts from."""
     output: Form
     choices: tuple[Choice, ...]
+    ema_rate: float | None = None
+    """The student's own moving average teaches, renewed at this rate; None, as in plans of releases that knew
+    no other: a frozen teacher."""
 
     @property
     def steps(self) -> int:
@@ -134,6 +137,8 @@ BATCH_SIZE = 8
 SECOND_STAGE = 1 / 3
 """Share of the steps, and of the learning rate, that `two_stage` leaves for the student's own answers."""
 DEFAULT_BETA = {"jsd": 0.5, "skew_kl": 0.1}
+DEFAULT_EMA_RATE = 0.02
+"""The middle one of the three that arXiv 2601.19897 tried."""
 DATA: dict[Method, tuple[Data, ...]] = {
     "off_policy": ("teacher",),
     "on_policy": ("student",),
@@ -162,11 +167,13 @@ def make_plan(request: CreateRecovery, damage: DamageReport, available: int) -> 
     batch = min(BATCH_SIZE, available) if asked.batch_size == "auto" else asked.batch_size
     steps = _steps(request, rule, available, batch) if asked.steps == "auto" else asked.steps
     divergence, why_divergence = _divergence(request, method)
+    ema_rate = _ema_rate(request)
     start, why_start = _start(request, kind)
     choices = [*_aim(request, kind, why_kind), ("method", method, why_method)]
     if method in DATA:
         choices += [
             ("objective", _objective(method, divergence, request.method.top_k), why_divergence),
+            *([_teacher(request, ema_rate)] if method == "self_demonstration" else []),
             *([] if request.teach else [("start", start, why_start)]),
             ("mode", _mode_name(mode, keep_zeros, output), why_mode),
             ("learning_rate", repr(rate), _why(asked.learning_rate, _why_rate(request, mode))),
@@ -192,6 +199,7 @@ def make_plan(request: CreateRecovery, damage: DamageReport, available: int) -> 
         start=start,
         output=output,
         choices=tuple(Choice(name=name, value=value, why=why) for name, value, why in choices),
+        ema_rate=ema_rate,
     )
 
 
@@ -277,6 +285,23 @@ def _objective(method: Method, divergence: Divergence, top_k: int | None) -> str
     if DATA[method][0] in {"rewrites", "references"}:
         return "cross_entropy"
     return str(divergence) + (f" on the teacher's top {top_k}" if top_k else "")
+
+
+def _ema_rate(request: CreateRecovery) -> float | None:
+    asked = request.method
+    if asked.teacher == "frozen":
+        return None
+    return DEFAULT_EMA_RATE if asked.ema_rate is None else asked.ema_rate
+
+
+def _teacher(request: CreateRecovery, ema_rate: float | None) -> tuple[str, str, str]:
+    """Who is shown the demonstrations."""
+    if ema_rate is not None:
+        reason = "as requested: it takes up what was learnt, slowly enough not to run after its own mistakes"
+        return "teacher", f"moving average, rate {ema_rate!r}", reason
+    if request.teach:
+        return "teacher", "frozen", "it cannot drift; method.teacher ema has it take up what was learnt"
+    return "teacher", "frozen", "what the healthy original does is the target, so it must not move"
 
 
 def _start(request: CreateRecovery, kind: str) -> tuple[Literal["student", "repair"], str]:

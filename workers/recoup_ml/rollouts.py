@@ -2,7 +2,8 @@
 
 Who answers for the student: servers that hold it, with the adapter of the moment (`served_student.py`),
 or itself. Who speaks for the teacher: servers that score the answers, where the likeliest tokens are all
-that is learnt, or the teacher beside the student.
+that is learnt, or the teacher beside the student. A student that is taught by its own moving average
+scores its answers itself, with the average's weights.
 """
 
 import random
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from recoup_ml import models, tops
 from recoup_ml.generate import LocalEngine, usable
 from recoup_ml.lessons import Lesson, RolloutCourse, distributions
+from recoup_ml.moving_average import MovingAverage
 from recoup_ml.observation import observe
 from recoup_ml.plan import Plan
 from recoup_ml.repetition import without_loop
@@ -42,6 +44,8 @@ class Room:
     unfinished: Path
     """The folder of the stage for what is on the way."""
     team: Team
+    average: MovingAverage | None = None
+    """Of the trainee, if that is its teacher."""
 
 
 def rollouts(
@@ -57,7 +61,8 @@ def rollouts(
         ends: is closed when the course is over.
     """
     request, plan = room.run.request, room.plan
-    spec, draw, lesson = request.method.rollouts, _draw(room, ends), _lessons(room)
+    spec, draw = request.method.rollouts, _draw(room, ends)
+    lesson = _by_average(room, room.average) if room.average else _lessons(room)
     limit = request.generation.max_new_tokens if spec.max_new_tokens == "auto" else spec.max_new_tokens
 
     def answer(asked: Sequence[Encoded]) -> Sequence[Answered]:
@@ -67,7 +72,8 @@ def rollouts(
         heard = [replace(item, prompt_ids=shown.get(item.prompt_ids, item.prompt_ids)) for item in given]
         return Lesson(given, lesson(heard).targets, spec.skip_tokens)
 
-    return RolloutCourse(prompts, answer, teach, plan.batch_size, spec.refresh_steps, request.seed)
+    moving = room.average is not None
+    return RolloutCourse(prompts, answer, teach, plan.batch_size, spec.refresh_steps, request.seed, moving)
 
 
 def _draw(room: Room, ends: ExitStack) -> Draw:
@@ -133,6 +139,18 @@ def _lessons(room: Room) -> Callable[[Sequence[Answered]], Lesson]:
         return asked
     teacher, pad_id = models.load(run.teacher), models.pad_id(tokenizer)
     return lambda heard: distributions(heard, observe(teacher, heard, pad_id), top_k, temperature)
+
+
+def _by_average(room: Room, average: MovingAverage) -> Callable[[Sequence[Answered]], Lesson]:
+    """What the average of the student's weights, as it is now, makes of answers."""
+    plan, pad_id = room.plan, models.pad_id(room.tokenizer)
+
+    def scored(heard: Sequence[Answered]) -> Lesson:
+        with average.in_place() as student, parametrize.cached():
+            seen = replace(observe(student.eval(), heard, pad_id), head=models.head(student).kept())
+            return distributions(heard, seen, plan.top_k, plan.divergence.temperature)
+
+    return scored
 
 
 def _without_loop(given: Answered) -> Answered:

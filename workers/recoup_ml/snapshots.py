@@ -1,10 +1,10 @@
 """All that a training needs to go on as if nothing had happened, at a step's end, on the disk.
 
-A snapshot is one safetensors file: weights that train, the optimizer's moments and the states of
-the random generators as tensors and, as JSON in a tensor of bytes (a header is bounded, rollouts
-are not), where training stands and where each course is. Nothing is pickled. The learning rate
-needs no state, being a function of the step. On a CPU a run that was killed and goes on from a
-snapshot ends in the same bits as one that ran through.
+A snapshot is one safetensors file: weights that train, their moving average where that teaches, the
+optimizer's moments and the states of the random generators as tensors and, as JSON in a tensor of
+bytes (a header is bounded, rollouts are not), where training stands and where each course is. Nothing
+is pickled. The learning rate needs no state, being a function of the step. On a CPU a run that was
+killed and goes on from a snapshot ends in the same bits as one that ran through.
 
 The newest snapshot replaces the one before. That happens after every validation, when the last is
 a while ago, and when the run is asked to stop.

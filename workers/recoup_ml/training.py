@@ -22,6 +22,7 @@ from recoup_ml import durable, mismatch
 from recoup_ml.fused import hidden_divergence
 from recoup_ml.lessons import Course, Lesson
 from recoup_ml.models import can_pack, head, last_hidden
+from recoup_ml.moving_average import MovingAverage
 from recoup_ml.objective import Divergence
 from recoup_ml.plan import Phase, Plan
 from recoup_ml.regulariser import Regulariser
@@ -116,6 +117,8 @@ class Training:
     """How often the tokens that go through the student at once are halved."""
     team: Team = ALONE
     """With whom this process trains; the leader alone looks, tells and writes."""
+    average: MovingAverage | None = None
+    """Of the trainee, if that is its teacher; each process has its own, and all have the same."""
     _keep: Course | None = None
     _curve: list[TrainingPoint] = field(default_factory=list)
     _checkpoints: list[Checkpoint] = field(default_factory=list)
@@ -143,6 +146,8 @@ class Training:
                 self.trainee.named[name].copy_(weight)
         self.trainee.settle()
         restore_moments(self._optimizer, self.trainee.named, found.group("moments"))
+        if self.average:
+            self.average.restore(found.group("average"))
         self._curve = [TrainingPoint(**point) for point in found.state["curve"]]
         self._checkpoints = [Checkpoint(**point) for point in found.state["checkpoints"]]
         self._phases = [PhaseReport(**phase) for phase in found.state["phases"]]
@@ -237,6 +242,8 @@ class Training:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self.trainee.settle()
+        if self.average:
+            self.average.renew()
         self._curve.append(TrainingPoint(step=len(self._curve) + 1, loss=losses[0], learning_rate=rate))
         self.watchers.tell(self._curve[-1])
         return losses[0]
@@ -337,6 +344,7 @@ class Training:
             {
                 "weights": {name: weight.detach() for name, weight in self.trainee.named.items()},
                 "moments": moments(self._optimizer, self.trainee.named),
+                "average": self.average.named if self.average else {},
                 "dice": rolled,
             },
             {name: [item.model_dump() for item in items] for name, items in seen.items()}

@@ -131,6 +131,11 @@ class MethodSpec(Input):
     top_k: Annotated[int, Field(ge=2, le=4096)] | None = None
     """Keep only the teacher's likeliest tokens and the rest as one; null: the whole distribution."""
     rollouts: RolloutSpec = RolloutSpec.model_construct()
+    teacher: Literal["frozen", "ema"] = "frozen"
+    """Who scores in `self_demonstration`: the teacher as it was or, where a healthy model is taught, the
+    exponential moving average of its own weights, renewed after every step."""
+    ema_rate: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """The present weights' share in each renewal (default 0.02); at 1 the model as it is teaches itself."""
 
 
 MOST_RANK = 512
@@ -302,6 +307,21 @@ class CreateRecovery(Input):
             )
         if self.method.beta is not None and self.method.divergence not in {"jsd", "skew_kl"}:
             raise ValueError("method.beta belongs to method.divergence jsd or skew_kl")
+        return self
+
+    @model_validator(mode="after")
+    def _moves_its_teacher_where_it_may(self) -> "CreateRecovery":
+        if self.method.teacher == "frozen":
+            if self.method.ema_rate is not None:
+                raise ValueError("method.ema_rate belongs to method.teacher ema")
+            return self
+        if self.method.type != "self_demonstration":
+            raise ValueError("method.teacher ema belongs to method.type self_demonstration")
+        if self.teach is None:
+            raise ValueError(
+                "method.teacher ema belongs to teach: a recovery's target is what the healthy original does, "
+                "and a teacher that moves with the damaged student is not that"
+            )
         return self
 
     @model_validator(mode="after")
