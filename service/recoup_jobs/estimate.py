@@ -23,6 +23,8 @@ BASE_BYTES = 600 << 20
 """Of a process that has loaded torch and transformers."""
 OPTIMIZER_BYTES = 12
 """A trained parameter: its gradient and two moments, float32."""
+AVERAGE_BYTES = 4
+"""A trained parameter's moving average, float32."""
 ACTIVATIONS = 34
 """Numbers of a hidden state's width that a layer keeps for the way back (Korthikanti et al., 2205.05198)."""
 SAMPLES, KEPT, WINDOWS, WINDOW_TOKENS, CALIBRATION, TRIALS = 16, 128, 32, 128, 64, 6
@@ -196,7 +198,8 @@ def need_of(
     held = max(student.loaded_bytes(machine), teacher.loaded_bytes(machine))
     trained = _trained(plan, student)
     beside = teacher.loaded_bytes(machine) if _needs_teacher(request, plan) else 0
-    training = student.loaded_bytes(machine) + beside + OPTIMIZER_BYTES * trained if plan.phases else 0
+    optimizer = (OPTIMIZER_BYTES + AVERAGE_BYTES * _averages(request)) * trained
+    training = student.loaded_bytes(machine) + beside + optimizer if plan.phases else 0
     held_to = plan.batch_size * sum(phase.steps for phase in plan.phases)
     learnt = held_to if request.teach and request.teach.rehearse else _answers(plan, "teacher")
     taught = min(amounts.rows, learnt) * request.generation.max_new_tokens
@@ -260,8 +263,14 @@ def _answers(plan: Planned, data: str) -> int:
 
 def _needs_teacher(request: CreateRecovery, plan: Planned) -> bool:
     """Whether the teacher stands beside the student that trains."""
-    live = any(phase.data in {"student", "demonstrated"} for phase in plan.phases)
+    rolls = any(phase.data in {"student", "demonstrated"} for phase in plan.phases)
+    live = rolls and not _averages(request)
     return live or request.alignment.weight > 0 or request.alignment.hidden_weight > 0
+
+
+def _averages(request: CreateRecovery) -> bool:
+    """Whether the student's moving average teaches, which stands in no model of its own."""
+    return request.method.teacher == "ema"
 
 
 def _trained(plan: Planned, student: Sizes) -> int:
@@ -306,7 +315,8 @@ def _disk(request: CreateRecovery, plan: Planned, student: Sizes, trained: int, 
     aligned = 4 * 4 * student.hidden * (student.layers + 1) * request.alignment.positions
     heads = 3 * 4 * student.hidden * student.vocabulary
     handed_over = 4 * trained if plan.output == "adapter" else 2 * student.stored_bytes
-    return states + aligned + heads + handed_over + (OPTIMIZER_BYTES * trained if plan.phases else 0)
+    snapshot = OPTIMIZER_BYTES + AVERAGE_BYTES * _averages(request)
+    return states + aligned + heads + handed_over + (snapshot * trained if plan.phases else 0)
 
 
 def _is_linear(name: str) -> bool:

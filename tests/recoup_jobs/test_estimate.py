@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from recoup.schemas import Choice, ComposedPrompts, TeachSpec
+from recoup.schemas import Choice, ComposedPrompts, MethodSpec, TeachSpec
 from recoup_jobs.estimate import BASE_BYTES, CPU, Amounts, Sizes, machine_of, need_of, sizes_of
 from recoup_jobs.inspection import Model
 from recoup_jobs.weights import TensorInfo
@@ -137,6 +137,13 @@ def test_a_teacher_beside_the_student_needs_its_own_memory(need):
         need(Plan(phases=(Phase("student"),))).memory_bytes - need(Plan(phases=(Phase("x"),))).memory_bytes
     )
     assert beside == SMALL.loaded_bytes(CPU)
+
+
+def test_a_moving_average_takes_four_bytes_a_trained_parameter_and_no_second_model(need):
+    plan = Plan(phases=(Phase("demonstrated"),), trainable=Training("full"))
+    frozen, ema = (need(plan, method=MethodSpec(teacher=name)) for name in ("frozen", "ema"))
+    assert ema.disk_bytes - frozen.disk_bytes == 4 * SMALL.parameters
+    assert ema.memory_bytes - frozen.memory_bytes == 4 * SMALL.parameters - SMALL.loaded_bytes(CPU)
 
 
 def test_a_whole_model_takes_more_disk_than_an_adapter(need):
