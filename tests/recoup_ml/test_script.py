@@ -41,6 +41,7 @@ MODES = {
     "masked lora": {"mode": "lora"},
     "masked lora (of some)": {"mode": "lora", "lora": {"targets": ["q_proj"]}},
 }
+FILE = "file-" + "0" * 24
 OBJECTIVES = [
     {},
     {"divergence": "reverse_kl", "temperature": 2.0},
@@ -108,7 +109,9 @@ def script(
 ) -> str:
     masked = mode.startswith("masked")
     output = {"kind": "merged"} if masked else {}
-    request = asked(method={"type": method, **(objective or {})}, training=MODES[mode], output=output)
+    method_ = {"type": method, **(objective or {})}
+    healthy = {"teacher": {"source": "s"}, "teach": {"file": FILE}} if "teacher" in method_ else {}
+    request = asked(method=method_, training=MODES[mode], output=output, **healthy)
     plan = planned(request, masked)
     return recipe_script(trained(plan, mode.partition(" (")[0], **changes), plan, request, patched)
 
@@ -126,6 +129,15 @@ def test_every_script_is_tidy_python(mode: str, tmp_path: Path) -> None:
         text = script(method, mode, objective, patched=mode == "lora", keep=keep, started_from=started)
         compile(text, "recipe.py", "exec")
         (tmp_path / f"{number}.py").write_text(text, "utf-8")
+    assert ruff("check", "--select=E,F,I,B,UP,SIM,RET,ARG", tmp_path) == ""
+    assert mode == "lora (by damage)" or ruff("format", "--diff", tmp_path) == ""
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_script_of_a_moving_teacher_is_tidy_too(mode: str, tmp_path: Path) -> None:
+    text = script("self_demonstration", mode, {"teacher": "ema", "ema_rate": 0.05}, keep=8)
+    assert constants(text)["EMA_RATE"] == 0.05
+    (tmp_path / "recipe.py").write_text(text, "utf-8")
     assert ruff("check", "--select=E,F,I,B,UP,SIM,RET,ARG", tmp_path) == ""
     assert mode == "lora (by damage)" or ruff("format", "--diff", tmp_path) == ""
 
@@ -243,6 +255,21 @@ CASES: dict[str, tuple[str, list[Prompt], dict[str, object]]] = {
             "method": {"type": "self_demonstration", "rollouts": {"temperature": 0.0}},
         },
     ),
+    "averaged": (
+        "copy",
+        [],
+        {
+            "student": {"source": "teacher"},
+            "teach": {"file": FILE},
+            "training": SHORT | {"mode": "lora", "learning_rate": 3e-3},
+            "method": {
+                "type": "self_demonstration",
+                "teacher": "ema",
+                "ema_rate": 0.2,
+                "rollouts": {"temperature": 0.0},
+            },
+        },
+    ),
     "after a patch": (
         "rounded",
         [],
@@ -252,7 +279,7 @@ CASES: dict[str, tuple[str, list[Prompt], dict[str, object]]] = {
 }
 
 
-COSTLY = {"dora", "by damage", "demonstrated", "after a patch", "masked lora"}
+COSTLY = {"dora", "by damage", "demonstrated", "averaged", "after a patch", "masked lora"}
 """Beyond what the others show, for 20 seconds each."""
 SLOW = partial(pytest.param, marks=pytest.mark.slow)
 
@@ -271,6 +298,7 @@ def repeated(
     damage, keep, fields = CASES[request.param]
     evaluation = {"test_sequences": 32, "validation_sequences": 8, "baselines": False}
     run = make_run(damage, keep=keep, evaluation=evaluation, **fields)
+    run = replace(run, teach=SKILL if run.teaches else ())
     journal = open_journal(tmp_path_factory.mktemp("repeated"))
     recover(run, journal)
     losses = repeat(run, journal.place)

@@ -41,6 +41,7 @@ LESSONS: Final[dict[Data, str]] = {
     "rewrites": "The student learns reference answers in the teacher's words, `texts.jsonl`.",
     "references": "The student learns reference answers as they are, `texts.jsonl`.",
 }
+AVERAGED: Final = "This teacher is the moving average of the student's own weights."
 KEEPS: Final = "On the prompts of `keep.jsonl` it holds on to the distribution that it had before."
 ENDS: Final = "Recoup kept the checkpoint that was best on validation prompts: there this ends."
 DIVERGED: Final = "In Recoup this training diverged, and no checkpoint was kept."
@@ -69,7 +70,7 @@ def recipe_script(report: Report, plan: Plan, request: CreateRecovery, patched: 
     phases = _phases(training)
     template = _environment().get_template("recipe.py.jinja")
     return template.render(
-        about=_about(training, phases, start, regulariser.wanted(request.alignment)),
+        about=_about(training, phases, start, _besides(plan, request, training)),
         facts=_facts(report, training),
         seed=report.provenance.seed,
         plan=plan,
@@ -81,6 +82,7 @@ def recipe_script(report: Report, plan: Plan, request: CreateRecovery, patched: 
         ranks=ranks(plan.trainable.rank, report.damage.distance_by_layer),
         phases=phases,
         by_teacher=any(phase.data in {"teacher", "student", "demonstrated"} for phase in phases),
+        averaged=plan.ema_rate is not None,
         shown=any(phase.data == "demonstrated" for phase in phases),
         keep=training.keep_answers > 0,
         merges=plan.output == "merged" and not report.forms,
@@ -135,11 +137,16 @@ def _phases(training: TrainingReport) -> list[_Phase]:
     return phases
 
 
-def _about(training: TrainingReport, phases: Sequence[_Phase], start: Start, pulled: bool) -> str:
+def _about(training: TrainingReport, phases: Sequence[_Phase], start: Start, besides: Sequence[str]) -> str:
     kept = any(point.chosen for point in training.checkpoints)
-    lessons = [LESSONS[phase.data] for phase in phases] + [KEEPS] * (training.keep_answers > 0)
-    ends = [PULLED] * pulled + [ENDS if kept else DIVERGED]
-    return fill(" ".join([FILES, STARTS[start], *lessons, *ends]), COLUMNS)
+    lessons = [LESSONS[phase.data] for phase in phases]
+    return fill(" ".join([FILES, STARTS[start], *lessons, *besides, ENDS if kept else DIVERGED]), COLUMNS)
+
+
+def _besides(plan: Plan, request: CreateRecovery, training: TrainingReport) -> list[str]:
+    """What is not plain about the lessons."""
+    averaged, pulled = plan.ema_rate is not None, regulariser.wanted(request.alignment)
+    return [AVERAGED] * averaged + [KEEPS] * (training.keep_answers > 0) + [PULLED] * pulled
 
 
 def _facts(report: Report, training: TrainingReport) -> list[str]:
