@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from recoup.schemas import TrainingReport
+from recoup.schemas import ChatRow, TrainingReport
 from recoup_ml import served_student
 from recoup_ml.errors import RolloutMismatch, RolloutsUnavailable
 from recoup_ml.observation import observe
@@ -18,8 +18,10 @@ from recoup_ml.recipe import recover
 from recoup_ml.run import Run
 from recoup_ml.sequences import Answered
 from recoup_ml.served_student import ServedStudent, drifted
+from recoup_ml.tickets import ticket_rows
 
 END = 2
+TICKETS = [ChatRow.model_validate(row).as_prompt() for row in ticket_rows(24, seed=77)]
 
 
 class Host:
@@ -93,6 +95,22 @@ def test_a_server_draws_from_the_student_of_the_moment(
     assert drawn.mean_difference < 1e-4
     assert (drawn.truncated, drawn.cap) == (0.0, 2.0)
     assert min(point.validation_kl for point in report.checkpoints) < report.initial_validation_kl
+
+
+def test_a_server_draws_from_a_student_that_its_own_average_teaches(
+    server: Any, host: Host, make_run: Callable[..., Run], open_journal: type, tmp_path: Path
+) -> None:
+    """From the student as it is, and the average is served nowhere."""
+    method = {"type": "self_demonstration", "teacher": "ema", "ema_rate": 0.5}
+    skill = {"teach": {"file": "file-" + "0" * 24, "rehearse": False}, "student": {"source": "teacher"}}
+    run = make_run("copy", method=method, training={"steps": 8, "learning_rate": 3e-3}, **skill)
+    host.base = run.student
+    server.models = [{"id": "teacher", "max_model_len": 512}]
+    run = replace(run, teach=TICKETS, rollout_urls=(server.url,))
+    report = trained(run, open_journal(tmp_path, breaks_in="evaluate"))
+    assert len(host.loaded) == 2 and host.held == {}
+    assert report.phases[0].rollouts.answers > 0
+    assert report.phases[0].rollouts.mean_difference < 1e-4
 
 
 def test_a_whole_model_answers_itself(
