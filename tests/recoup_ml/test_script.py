@@ -233,7 +233,14 @@ SHORT = {"steps": 12, "stop_early": False, "start": "student"}
 MERGED = {"output": {"kind": "merged"}}
 CASES: dict[str, tuple[str, list[Prompt], dict[str, object]]] = {
     "lora": ("forgetful", SKILL, {"training": SHORT}),
-    "masked full": ("pruned", [], {"training": SHORT | {"mode": "full"}, "method": {"divergence": "jsd"}}),
+    "masked full": (
+        "pruned",
+        [],
+        {
+            "training": SHORT | {"mode": "full", "learning_rate": 2e-4},
+            "method": {"divergence": "jsd"},
+        },
+    ),
     "masked lora": (
         "pruned",
         [],

@@ -1,7 +1,7 @@
 """What one stage leaves for the next, as JSON beside its tensors."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -40,8 +40,8 @@ class Behaviour:
     """Its answers to the `keep` prompts."""
     tasks: dict[str, list[bool]]
     """By the task's name, whether it answered each question rightly."""
-    harness: dict[str, HarnessScores]
-    """By the task's name."""
+    harness: dict[str, HarnessScores] = field(default_factory=dict)
+    """By the task's name; a release that knew none left nothing."""
 
 
 @dataclass(frozen=True)
