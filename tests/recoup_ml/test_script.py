@@ -282,7 +282,10 @@ CASES: dict[str, tuple[str, list[Prompt], dict[str, object]]] = {
     "after a patch": (
         "rounded",
         [],
-        {"training": SHORT | {"mode": "lora", "start": "repair"}, "method": {"divergence": "reverse_kl"}},
+        {
+            "training": SHORT | {"mode": "lora", "start": "repair", "lora": {"rank": 2}},
+            "method": {"divergence": "reverse_kl"},
+        },
     ),
     "after a repair": ("wanda", [], {"training": SHORT | {"mode": "full", "start": "repair"}}),
 }
