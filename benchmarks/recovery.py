@@ -23,7 +23,7 @@ import sys
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ NO_FILE = "file-" + 24 * "0"
 """The rows of the task are at hand; a request must name a file."""
 POSITIONS = 1024
 """For alignment."""
+AT_VALIDATION = 1_000_000
+"""Alignment along the training is measured then alone."""
 
 TRAINED: dict[str, dict[str, Any]] = {
     "forward_kl": {"type": "off_policy"},
@@ -105,7 +107,7 @@ def request(stage: str, damage: Damage, method: str, seed: int) -> dict[str, Any
             "baselines": stage == "final" and method == "auto",
             "tasks": [{"name": "capitals", "file": NO_FILE, "match": "contains", "max_new_tokens": 16}],
         },
-        "alignment": {"positions": POSITIONS},
+        "alignment": {"positions": POSITIONS, "every_steps": AT_VALIDATION},
         "seed": seed,
     }
 
@@ -148,9 +150,11 @@ def run_cell(stage: str, name: str, method: str, seed: int, home: Path) -> dict[
         {"teacher": home / "answered" / "teacher", "student": home / "answered" / name},
     )
     recover(run, journal)
+    seconds = time.monotonic() - began
     report = json.loads((journal.place / "artifacts" / "report.json").read_text())
+    found = row(stage, name, method, seed, report, seconds) | {"sequences": journal.sequences()}
     durable.remove(journal.place)
-    return row(stage, name, method, seed, report, time.monotonic() - began)
+    return found
 
 
 class FolderJournal:
@@ -203,6 +207,23 @@ class FolderJournal:
     def stage_seconds(self) -> dict[str, float]:
         return self._seconds
 
+    def sequences(self) -> dict[str, list[float]] | None:
+        """Of each test sequence its tokens and their summed KL, nats, so that two runs can be paired."""
+        from recoup_ml import evaluate, results
+        from recoup_ml.results import Behaviour, Diagnosis
+
+        path = self.place / "evaluate" / evaluate.AFTER
+        if not path.exists():
+            return None
+        diagnosis = results.read(self._shared / "diagnose" / "diagnosis.json", Diagnosis)
+        models = {
+            "floor": diagnosis.floor,
+            "before": diagnosis.before.scores,
+            "after": results.read(path, Behaviour).scores,
+        }
+        sums = {name: [float(f"{sum(kl):.6g}") for kl in scores.kl] for name, scores in models.items()}
+        return {"tokens": [len(kl) for kl in diagnosis.floor.kl], **sums}
+
 
 def row(
     stage: str, name: str, method: str, seed: int, report: dict[str, Any], seconds: float
@@ -227,6 +248,7 @@ def row(
         "plan": {item["name"]: item["value"] for item in report["plan"]},
         "phases": training and training["phases"],
         "steps": training and training["steps"],
+        "points": training and training["trajectory"] and training["trajectory"]["points"],
         "rewrites": training and training["rewrites"],
         "tokens": training["tokens"] if training else 0,
         "repairs": report["repairs"],
@@ -324,11 +346,11 @@ def alpaca(home: Path) -> Path:
     return place
 
 
-def run_grid(stage: str, only: list[str], home: Path, place: Path) -> None:
+def run_grid(stage: str, only: list[str], seeds: Sequence[int], home: Path, place: Path) -> None:
     """Runs the cells that have no row yet, each in its own process; a failed one is named and left out."""
     for name, method, seed in cells(stage):
         wanted = not only or f"{name}:{method}" in only or name in only or method in only
-        if not wanted or (stage, name, method, seed) in done(place):
+        if not wanted or seed not in seeds or (stage, name, method, seed) in done(place):
             continue
         cell = [sys.executable, __file__, "cell", stage, name, method, str(seed), "--home", str(home)]
         result = subprocess.run(cell, stdout=subprocess.PIPE, text=True, check=False)
@@ -360,6 +382,7 @@ def main() -> None:
     parser.add_argument("what", choices=(*SEEDS, "cell", "table"))
     parser.add_argument("cell", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--only", nargs="*", default=[], help="damages, methods, or damage:method")
+    parser.add_argument("--seeds", nargs="*", type=int, help="of those of the stage")
     parser.add_argument("--home", type=Path, default=Path(".recoup/grid"), help="models and runs")
     parser.add_argument("--rows", type=Path, default=ROWS)
     chosen = parser.parse_args()
@@ -371,7 +394,7 @@ def main() -> None:
 
         print(tables(rows(chosen.rows)))
     else:
-        run_grid(chosen.what, chosen.only, chosen.home, chosen.rows)
+        run_grid(chosen.what, chosen.only, chosen.seeds or SEEDS[chosen.what], chosen.home, chosen.rows)
 
 
 if __name__ == "__main__":

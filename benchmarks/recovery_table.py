@@ -7,6 +7,8 @@ from statistics import fmean
 from typing import Any
 
 Row = dict[str, Any]
+Pair = tuple[float, float]
+"""Alignment and recovery."""
 ORDER = ("auto", "forward_kl", "reverse_kl", "jsd", "on_policy", "two_stage", "rewrite_sft", "sft")
 RESAMPLES = 2000
 
@@ -18,7 +20,7 @@ def tables(rows: Sequence[Row]) -> str:
         for damage in dict.fromkeys(row["damage"] for row in rows if row["stage"] == stage):
             chosen = [row for row in rows if (row["stage"], row["damage"]) == (stage, damage)]
             parts.append(f"### {damage}, {stage}\n\n{_table(chosen)}")
-    return "\n\n".join([*parts, correlations(rows)])
+    return "\n\n".join([*parts, correlations(rows), along(rows)])
 
 
 def _table(rows: Sequence[Row]) -> str:
@@ -43,7 +45,37 @@ def _table(rows: Sequence[Row]) -> str:
     for method in sorted(methods, key=_place):
         lines.append(_method(method, [row for row in rows if row["method"] == method]))
     lines += [_repair(row) for row in rows if row["baseline"]]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_leads(rows)])
+
+
+def _leads(rows: Sequence[Row]) -> list[str]:
+    """How far `auto` is ahead of each other method, of the same seed and on the same test sequences."""
+    autos = {row["seed"]: row for row in rows if row["method"] == "auto" and row.get("sequences")}
+    found = [
+        f"{row['method']} {value.value:+.3f} [{value.low:+.3f}, {value.high:+.3f}]"
+        + (f" (seed {row['seed']})" if row["seed"] else "")
+        for row in rows
+        if row["method"] != "auto" and row.get("sequences") and row["seed"] in autos
+        for value in [lead(autos[row["seed"]], row)]
+        if value
+    ]
+    return ["", f"`auto` is ahead, paired over test sequences, of: {'; '.join(found)}."] if found else []
+
+
+def lead(ours: Row, theirs: Row) -> Any:
+    """How much more of the gap our run won than theirs, an `Estimate` over the same test sequences."""
+    import numpy as np
+
+    from recoup_ml import verdict
+
+    here, there = ours["sequences"], theirs["sequences"]
+    if (here["tokens"], here["before"]) != (there["tokens"], there["before"]):
+        return None
+    sums = [
+        np.array([kl, here["tokens"]]).T
+        for kl in (here["floor"], here["before"], here["after"], there["after"])
+    ]
+    return verdict.lead(*sums, seed=0)
 
 
 def _repair(row: Row) -> str:
@@ -116,29 +148,60 @@ def correlations(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def along(rows: Sequence[Row]) -> str:
+    """The same over the points of every training, on validation; trainings are resampled, not points."""
+    kinds: dict[str, Callable[[Row, Row], float]] = {
+        "last layer, raw change": lambda point, first: point["last"] - first["last"],
+        "last layer, share of headroom": lambda point, first: _headroom(point["last"], first["last"]),
+        "mean of layers, raw change": lambda point, first: point["mean"] - first["mean"],
+        "mean of layers, share of headroom": lambda point, first: _headroom(point["mean"], first["mean"]),
+    }
+    runs = [row for row in rows if row.get("points")]
+    groups = {name: [row for row in runs if row["damage"] == name] for name in _damages(runs)}
+    lines = ["### Alignment and recovery along the trainings", ""]
+    lines += [_line(["damage", "trainings", "points", *kinds]), "|" + "---|" * 7]
+    for name, group in [*groups.items(), ("pooled", runs)]:
+        clusters = {kind: [_course(row["points"], value) for row in group] for kind, value in kinds.items()}
+        points = sum(map(len, next(iter(clusters.values()))))
+        found = [_rank(courses, fewest=3) for courses in clusters.values()]
+        lines.append(_line([name, str(len(group)), str(points), *found]))
+    return "\n".join(lines)
+
+
+def _course(points: Sequence[Row], value: Callable[[Row, Row], float]) -> list[Pair]:
+    """(alignment, share of the KL won) at each point of a training after its first."""
+    keys = ("validation_kl", "last", "mean")
+    first, *later = [point for point in points if all(point[key] is not None for key in keys)]
+    return [(value(point, first), 1 - point["validation_kl"] / first["validation_kl"]) for point in later]
+
+
+def _headroom(now: float, before: float) -> float:
+    return (now - before) / (1 - before)
+
+
 def _damages(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(row["damage"] for row in rows))
 
 
-def _shown(pairs: Sequence[tuple[float, float]]) -> str:
-    if len(pairs) < 5:
+def _shown(pairs: Sequence[Pair]) -> str:
+    return _rank([[pair] for pair in pairs], fewest=5)
+
+
+def _rank(clusters: Sequence[Sequence[Pair]], fewest: int) -> str:
+    """Spearman's correlation of all pairs; its interval is from resampled clusters."""
+    if len(clusters) < fewest:
         return "–"
     draw = random.Random(0)
-    found = sorted(spearman(draw.choices(pairs, k=len(pairs))) for _ in range(RESAMPLES))
+    drawn = (draw.choices(clusters, k=len(clusters)) for _ in range(RESAMPLES))
+    found = sorted(map(_spearman, drawn))
     low, high = found[int(0.025 * RESAMPLES)], found[int(0.975 * RESAMPLES)]
-    return f"{spearman(pairs):+.2f} [{low:+.2f}, {high:+.2f}]"
+    return f"{_spearman(clusters):+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
-def spearman(pairs: Sequence[tuple[float, float]]) -> float:
-    """Pearson's correlation of the ranks, ties sharing their mean rank; 0 where one side is constant."""
-    x, y = (_ranks(side) for side in zip(*pairs, strict=True))
-    mx, my = fmean(x), fmean(y)
-    sxy = sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True))
-    sxx, syy = sum((a - mx) ** 2 for a in x), sum((b - my) ** 2 for b in y)
-    return sxy / (sxx * syy) ** 0.5 if sxx and syy else 0.0
+def _spearman(clusters: Sequence[Sequence[Pair]]) -> float:
+    """0 where one side is constant."""
+    from recoup_ml.rank_correlation import spearman
 
-
-def _ranks(values: Sequence[float]) -> list[float]:
-    ordered = sorted(values)
-    first = {value: index for index, value in reversed(list(enumerate(ordered)))}
-    return [first[value] + (ordered.count(value) - 1) / 2 for value in values]
+    x, y = zip(*(pair for cluster in clusters for pair in cluster), strict=True)
+    found = spearman(x, y)
+    return found.value if found else 0.0

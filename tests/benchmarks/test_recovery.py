@@ -1,7 +1,6 @@
 """The grid's cells and the arithmetic of its tables; the grid itself takes hours."""
 
 import json
-import random
 import sys
 from pathlib import Path
 
@@ -30,31 +29,6 @@ def test_every_cell_is_a_request_that_the_service_would_take(stage: str) -> None
         CreateRecovery.model_validate(recovery.request(stage, recovery.damages()[name], method, seed))
 
 
-@pytest.mark.parametrize(
-    ("pairs", "expected"),
-    [
-        ([(1, 10), (2, 20), (3, 30)], 1.0),
-        ([(1, 30), (2, 20), (3, 10)], -1.0),
-        ([(1, 5), (2, 5), (3, 5)], 0.0),
-        ([(1, 1), (2, 3), (3, 2), (4, 4)], 0.8),
-        ([(1, 1), (1, 2), (2, 3)], 3 / 12**0.5),
-    ],
-)
-def test_rank_correlation(pairs: list[tuple[float, float]], expected: float) -> None:
-    from recovery_table import spearman
-
-    assert spearman(pairs) == pytest.approx(expected)
-
-
-def test_rank_correlation_sees_ranks_alone() -> None:
-    from recovery_table import spearman
-
-    draw = random.Random(0)
-    pairs = [(draw.random(), draw.random()) for _ in range(40)]
-    stretched = [(x**3, 5 * y - 2) for x, y in pairs]
-    assert spearman(stretched) == pytest.approx(spearman(pairs))
-
-
 def test_a_report_becomes_a_row_and_rows_a_table() -> None:
     import recovery
     from recovery_table import tables
@@ -65,3 +39,39 @@ def test_a_report_becomes_a_row_and_rows_a_table() -> None:
     assert "### finetuned, final" in lines
     (found,) = [line for line in lines if line.startswith("| auto ")]
     assert "0.860 [0.823, 0.893]" in found
+
+
+def test_two_runs_are_paired_over_their_test_sequences() -> None:
+    from recovery_table import lead
+
+    shared = {"tokens": [10, 20, 30], "floor": [0.0, 0.0, 0.0], "before": [10.0, 20.0, 30.0]}
+    ours = {"sequences": {**shared, "after": [1.0, 2.0, 3.0]}}
+    theirs = {"sequences": {**shared, "after": [4.0, 8.0, 12.0]}}
+    found = lead(ours, theirs)
+    assert (found.value, found.low, found.high) == pytest.approx((0.3, 0.3, 0.3))
+
+
+def test_runs_on_other_sequences_are_not_paired() -> None:
+    from recovery_table import lead
+
+    one = {"sequences": {"tokens": [10], "floor": [0.0], "before": [10.0], "after": [1.0]}}
+    other = {"sequences": {"tokens": [11], "floor": [0.0], "before": [10.0], "after": [1.0]}}
+    assert lead(one, other) is None
+
+
+def test_alignment_is_correlated_along_trainings_resampled_whole() -> None:
+    from recovery_table import along
+
+    def training(sign: float) -> dict[str, object]:
+        values = [(2.0, 0.5), (1.5, 0.5 + 0.1 * sign), (1.0, 0.5 + 0.2 * sign)]
+        points = [{"validation_kl": kl, "last": cka, "mean": cka} for kl, cka in values]
+        return {"damage": "ffn10", "points": points}
+
+    (row,) = [
+        line for line in along([training(1), training(1), training(1)]).splitlines() if "pooled" in line
+    ]
+    assert row.startswith("| pooled | 3 | 6 | +1.00 [+1.00, +1.00]")
+    (row,) = [
+        line for line in along([training(1), training(-1), training(1)]).splitlines() if "pooled" in line
+    ]
+    assert "+1.00 [+1.00" not in row

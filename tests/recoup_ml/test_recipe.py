@@ -28,10 +28,11 @@ from recoup.schemas import (
 )
 from recoup_jobs.effect import verdict as verdict_of
 from recoup_jobs.publication import weights_sha256
-from recoup_ml import diagnose, models, tops, verdict
+from recoup_ml import diagnose, evaluate, models, results, tops, verdict
 from recoup_ml.errors import EmptyDataset, RecoveryError
 from recoup_ml.generate import LocalEngine
 from recoup_ml.recipe import recover
+from recoup_ml.results import Behaviour
 from recoup_ml.run import Run, Task
 from recoup_ml.sequences import Encoded, encode
 from recoup_ml.tickets import ticket_rows
@@ -258,6 +259,13 @@ def test_kl_before_and_after_are_those_of_plain_forward_passes(forgetful: Finish
 def log_probability(model: PreTrainedModel, row: ProbeRow) -> float:
     """log p(token | ids), by transformers' own forward pass."""
     return float(model(input_ids=torch.tensor([row.ids])).logits[0, -1].log_softmax(-1)[row.token])
+
+
+def test_what_the_recovered_student_did_is_kept_sequence_by_sequence(forgetful: Finished) -> None:
+    after = results.read(forgetful.journal.place / "evaluate" / evaluate.AFTER, Behaviour)
+    (kl,) = [item for item in forgetful.report.measures if item.name == "kl"]
+    assert len(after.scores.kl) == kl.n
+    assert after.scores.mean_kl == pytest.approx(kl.after)
 
 
 def test_the_probe_holds_a_server_to_what_plain_forward_passes_find(forgetful: Finished) -> None:

@@ -45,7 +45,7 @@ from recoup_ml.scores import compare
 from recoup_ml.sequences import encode
 from recoup_ml.skill import Skill
 
-WEIGHTS, PROBE = "weights", "probe.json"
+WEIGHTS, PROBE, AFTER = "weights", "probe.json", "after.json"
 CLOSED = 0.9
 """Recovered fraction from which more of the same training can hardly help."""
 
@@ -98,6 +98,7 @@ def evaluate(run: Run, journal: Journal, done: Done, folder: Path) -> None:
     )
     results.write(folder / "evaluation.json", evaluation)
     if after:
+        results.write(folder / AFTER, after)
         results.write(folder / PROBE, probe_rows(exam.test, diagnosis.before.scores, after.scores))
     recovered = found[0].recovered
     journal.metric(name="verdict", outcome=outcome, recovered=recovered and recovered.value)
