@@ -28,12 +28,14 @@ from recoup.schemas import (
 )
 from recoup_jobs.effect import verdict as verdict_of
 from recoup_jobs.publication import weights_sha256
-from recoup_ml import diagnose, evaluate, models, results, tops, verdict
+from recoup_ml import answers, baselines, diagnose, evaluate, models, repair, results, tops, verdict
 from recoup_ml.errors import EmptyDataset, RecoveryError
 from recoup_ml.generate import LocalEngine
+from recoup_ml.observation import observe
 from recoup_ml.recipe import recover
 from recoup_ml.results import Behaviour
 from recoup_ml.run import Run, Task
+from recoup_ml.scores import compare
 from recoup_ml.sequences import Encoded, encode
 from recoup_ml.tickets import ticket_rows
 from recoup_ml.training import validation_steps
@@ -340,6 +342,17 @@ def test_a_skill_without_right_answers_is_held_against_the_students_own(
     bare = [ticket.model_copy(update={"completion": None}) for ticket in tickets(20)]
     keep = finish("forgetful", keep=bare, training={"steps": 1}).measure("keep")
     assert (keep.n, keep.before) == (10, 1.0)
+
+
+def test_what_a_repair_found_in_texts_is_found_once(
+    pruned: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = {stage: pruned.journal.place / stage for stage in ("diagnose", "generate", "distil")}
+    (tried,) = baselines.read(done).tried
+    monkeypatch.setattr(repair, "fit", lambda *_: pytest.fail("fitted again"))
+    mended = baselines.repaired(pruned.run, done, tried.repair, done["distil"] / baselines.FITS)
+    found, teacher = answers.answered(done, "validation")
+    assert compare(teacher, observe(mended, found, 0), found).mean_kl == pytest.approx(tried.validation_kl)
 
 
 def test_without_a_skill_to_keep_none_is_reported(pruned: Finished) -> None:

@@ -28,10 +28,17 @@ def repaired(student: Student, teacher: Path, answered: list[Answered]) -> Calla
     def make(name: str, method: str, strength: float) -> PreTrainedModel:
         model = models.load(student(name))
         found = damage.inspect(student(name), teacher)
-        repair.apply(Repair(method, strength), model, teacher, found, answered[:32], 0)
+        fit = fitted(Repair(method, strength), student(name), teacher, found, answered)
+        repair.apply(Repair(method, strength), model, teacher, found, fit)
         return model
 
     return make
+
+
+def fitted(
+    chosen: Repair, student: Path, teacher: Path, found: DamageReport, answered: list[Answered]
+) -> dict[str, torch.Tensor]:
+    return repair.fit(chosen, models.load(student), teacher, found, answered[:32], 0)
 
 
 def tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -155,7 +162,8 @@ def test_a_patch_is_the_same_as_an_adapter(
 ) -> None:
     found, model = damage.inspect(student(name), teacher), models.load(student(name))
     before = tensors(models.load(student(name)))
-    adapted = repair.as_adapter(Repair("low_rank_patch", 8), model, teacher, found, answered[:32], 0)
+    fit = fitted(Repair("low_rank_patch", 8), student(name), teacher, found, answered)
+    adapted = repair.as_adapter(model, fit)
     ids = torch.arange(3, 27).reshape(2, 12)
     with torch.inference_mode():
         in_place = repaired(name, "low_rank_patch", 8)(input_ids=ids).logits
@@ -216,18 +224,23 @@ def test_survivors_are_fitted_as_least_squares_would() -> None:
 
 
 def test_a_stream_is_the_model_block_by_block(healthy: PreTrainedModel, answered: list[Answered]) -> None:
-    (batch,) = calibration(answered[:6], 0)
+    texts = [*calibration(answered[:6], 0), *calibration(answered[6:12], 0)]
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in healthy.modules())
-    stream = Stream(healthy, [batch])
+    stream = Stream(healthy, texts)
     assert hooks == sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in healthy.modules())
+    assert not any("forward" in vars(block) for block in healthy.model.layers)
     with torch.inference_mode():
-        whole = healthy.model(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, output_hidden_states=True)
+        whole = [
+            healthy.model(
+                input_ids=batch.ids_BT, attention_mask=batch.mask_BT, output_hidden_states=True
+            ).hidden_states
+            for batch in texts
+        ]
     for block in range(3):
         stream.advance(block)
-        seen = batch.mask_BT.bool()
-        torch.testing.assert_close(
-            stream.hidden_BTD[0][seen], whole.hidden_states[block + 1][seen], rtol=1e-4, atol=1e-4
-        )
+        for batch, hidden_BTD, expected in zip(texts, stream.hidden_BTD, whole, strict=True):
+            seen = batch.mask_BT.bool()
+            torch.testing.assert_close(hidden_BTD[seen], expected[block + 1][seen], rtol=1e-4, atol=1e-4)
 
 
 def test_a_family_without_linear_layers_is_refused(teacher: Path, answered: list[Answered]) -> None:
@@ -238,4 +251,4 @@ def test_a_family_without_linear_layers_is_refused(teacher: Path, answered: list
         kind="pruning", layer_map=[(0, 0), (1, 1)], distance_by_layer=[0.0, 0.0]
     )
     with pytest.raises(UnsupportedModel, match=r"no torch\.nn\.Linear"):
-        repair.apply(Repair("reconstruct", 1.0), model, teacher, found, answered[:8], 0)
+        repair.fit(Repair("reconstruct", 1.0), model, teacher, found, answered[:8], 0)

@@ -332,7 +332,9 @@ def repeat(run: Run, place: Path) -> list[float]:
     if "--start" in asked:
         done = {stage: place / stage for stage in ("diagnose", "generate", "distil")}
         better = baselines.read(done).better
-        baselines.repaired(run, done, better).save_pretrained(folders["--start"])
+        baselines.repaired(run, done, better, done["distil"] / baselines.FITS).save_pretrained(
+            folders["--start"]
+        )
     said = printed_by(script, *(str(part) for name in asked for part in (name, folders[name])))
     return [float(line.rpartition(" ")[2]) for line in said.splitlines()]
 

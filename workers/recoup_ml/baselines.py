@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from recoup.schemas import TriedRepair
@@ -20,11 +21,11 @@ from recoup_ml import answers, diagnose, durable, models, packed, repair, result
 from recoup_ml.errors import IncompatibleModels, UnsupportedModel
 from recoup_ml.observation import observe
 from recoup_ml.plan import DATA, Plan
-from recoup_ml.repair import Repair
+from recoup_ml.repair import Fit, Repair
 from recoup_ml.run import Counter, Done, Journal, Run
 from recoup_ml.scores import compare
 
-FILE = "repairs.json"
+FILE, FITS = "repairs.json", "fits"
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,18 @@ class Start:
 
 
 def try_all(run: Run, journal: Journal, done: Done, folder: Path) -> Trials:
-    """Leaves in `folder` how the student and every repair that is to be tried did, and returns it."""
-    kept = folder / durable.UNFINISHED / FILE
+    """Leaves in `folder` how the student and every repair that is to be tried did, and returns it.
+
+    Beside it lies what was fitted for them.
+    """
+    unfinished = folder / durable.UNFINISHED
+    kept = unfinished / FILE
     if not kept.exists():
-        trials = _try_all(run, journal, done)
+        trials = _try_all(run, journal, done, unfinished / FITS)
         durable.place(kept, lambda aside: results.write(aside, trials))
     shutil.copy(kept, folder / FILE)
+    if (unfinished / FITS).exists():
+        shutil.copytree(unfinished / FITS, folder / FITS, copy_function=durable.link)
     return tried(folder)
 
 
@@ -87,7 +94,7 @@ def tried(folder: Path) -> Trials:
     return results.read(folder / FILE, Trials)
 
 
-def _try_all(run: Run, journal: Journal, done: Done) -> Trials:
+def _try_all(run: Run, journal: Journal, done: Done, fits: Path) -> Trials:
     plan = answers.read_plan(done)
     pad_id = models.pad_id(models.load_tokenizer(run.teacher))
 
@@ -102,7 +109,7 @@ def _try_all(run: Run, journal: Journal, done: Done) -> Trials:
         models.release()
         began = time.monotonic()
         try:
-            model = repaired(run, done, candidate)
+            model = repaired(run, done, candidate, fits)
         except (IncompatibleModels, UnsupportedModel) as error:
             if plan.method not in DATA:
                 raise
@@ -122,8 +129,10 @@ def read(done: Done) -> Trials | None:
     return tried(done["distil"]) if "distil" in done else None
 
 
-def start(run: Run, done: Done, plan: Plan, trials: Trials) -> Start:
+def start(run: Run, done: Done, plan: Plan, trials: Trials, folder: Path) -> Start:
     """The student, or its best repair where the plan wants that and it is nearer to the teacher.
+
+    `folder` is where `try_all` left things.
 
     An adapter belongs to the student as it is, so only a repair that is an adapter itself can be
     what training one starts from.
@@ -132,9 +141,9 @@ def start(run: Run, done: Done, plan: Plan, trials: Trials) -> Start:
     if chosen and chosen.name == "low_rank_patch" and plan.trainable.mode == "lora":
         model = models.load(run.student)
         fitting = replace(chosen, strength=plan.trainable.rank)
-        return Start(model, _as_adapter(run, done, fitting, model), fitting.label)
+        return Start(model, _as_adapter(run, done, fitting, model, folder / FITS), fitting.label)
     if chosen and plan.trainable.saves_model:
-        return Start(repaired(run, done, chosen), None, chosen.label)
+        return Start(repaired(run, done, chosen, folder / FITS), None, chosen.label)
     return Start(models.load(run.student), None, "student")
 
 
@@ -158,24 +167,41 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def repaired(run: Run, done: Done, chosen: Repair) -> PreTrainedModel:
-    """The student with a repair applied."""
-    model = models.load(run.student)
-    repair.apply(chosen, model, run.teacher, diagnose.read(done).damage, *_calibration(run, done))
+def repaired(run: Run, done: Done, chosen: Repair, fits: Path) -> PreTrainedModel:
+    """The student with a repair applied; what is fitted for it is looked for, and kept, in `fits`."""
+    found, model = _fit(run, done, chosen, fits), models.load(run.student)
+    repair.apply(chosen, model, run.teacher, diagnose.read(done).damage, found)
     return model
 
 
-def save(run: Run, done: Done, plan: Plan, chosen: Repair, folder: Path) -> None:
-    """Writes the repaired student to `folder`: a whole model, or an adapter where planned."""
+def save(run: Run, done: Done, plan: Plan, chosen: Repair, folder: Path, target: Path) -> None:
+    """Writes the repaired student to `target`: a whole model, or an adapter where planned.
+
+    `folder` is where `try_all` left things.
+    """
     if plan.output == "merged" and not packed.method(run.student):
-        repaired(run, done, chosen).save_pretrained(folder)
+        repaired(run, done, chosen, folder / FITS).save_pretrained(target)
     else:
-        _as_adapter(run, done, chosen, models.load(run.student)).save_pretrained(folder)
+        student = models.load(run.student)
+        _as_adapter(run, done, chosen, student, folder / FITS).save_pretrained(target)
 
 
-def _as_adapter(run: Run, done: Done, chosen: Repair, model: PreTrainedModel) -> PeftModel:
-    damage = diagnose.read(done).damage
-    return repair.as_adapter(chosen, model, run.teacher, damage, *_calibration(run, done))
+def _as_adapter(run: Run, done: Done, chosen: Repair, model: PreTrainedModel, fits: Path) -> PeftModel:
+    return repair.as_adapter(model, _fit(run, done, chosen, fits))
+
+
+def _fit(run: Run, done: Done, chosen: Repair, fits: Path) -> Fit:
+    if chosen.name not in repair.FITTED:
+        return {}
+    place = fits / f"{chosen.name}-{chosen.strength:g}.safetensors"
+    if not place.exists():
+        texts, pad_id = answers.training_answers(done), models.pad_id(models.load_tokenizer(run.teacher))
+        damage, model = diagnose.read(done).damage, models.load(run.student)
+        found = repair.fit(chosen, model, run.teacher, damage, texts, pad_id)
+        durable.place(place, lambda aside: save_file(found, aside))
+        del model
+        models.release()
+    return load_file(place)
 
 
 def _candidates(run: Run, plan: Plan) -> list[Repair]:
@@ -185,7 +211,3 @@ def _candidates(run: Run, plan: Plan) -> list[Repair]:
     if plan.method not in DATA:
         return [candidate for candidate in found if candidate.name == plan.method]
     return found if run.request.evaluation.baselines or plan.start == "repair" else []
-
-
-def _calibration(run: Run, done: Done) -> tuple[list[answers.Answered], int]:
-    return answers.training_answers(done), models.pad_id(models.load_tokenizer(run.teacher))

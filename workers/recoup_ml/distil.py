@@ -52,7 +52,7 @@ def distil(run: Run, journal: Journal, done: Done, folder: Path) -> None:
         with gather(brief) as team:
             train(brief, journal, team)
     elif trials.best:
-        baselines.save(run, done, plan, trials.best, folder / BEST)
+        baselines.save(run, done, plan, trials.best, folder, folder / BEST)
 
 
 def read(done: Done) -> TrainingReport | None:
@@ -88,7 +88,7 @@ def train(brief: Brief, audience: Audience, team: Team = ALONE) -> None:
             audience.metric(name="validation", step=point.step, kl=point.validation_kl, **skill_loss)
 
     recorder = _recorder(run, validation, teacher, pad_id, diagnosis.damage)
-    start = baselines.start(run, done, plan, trials)
+    start = baselines.start(run, done, plan, trials, folder)
     if start.peft and team.leads:
         start.peft.save_pretrained(folder / START)  # for whoever repeats the training
     taught = _taught(run, tokenizer, start.model, team)

@@ -74,7 +74,8 @@ def evaluate(run: Run, journal: Journal, done: Done, folder: Path) -> None:
     found = measures.measures(diagnosis, after, exam.test, probe, gate, seed)
     baseline = None
     if rival and after:
-        repaired, _ = diagnose.sit(baselines.repaired(run, done, rival), exam, probe, counter)
+        model = baselines.repaired(run, done, rival, done["distil"] / baselines.FITS)
+        repaired, _ = diagnose.sit(model, exam, probe, counter)
         names = rival.name, rival.label
         baseline = measures.baseline(names, diagnosis, after, repaired, exam.test, probe, seed)
     found_alignment = aligned(run, diagnosis, done["diagnose"], states, exam)

@@ -88,7 +88,8 @@ def low_rank_patch(error_OI: Tensor, moment_II: Tensor, rank: int) -> Patch:
 def add(student: PreTrainedModel, patches: Mapping[str, Patch]) -> None:
     """W += B A in place, for weights that are not packed."""
     for name, patch in patches.items():
-        student.get_submodule(name).weight.add_(patch.b_OR @ patch.a_RI)
+        weight = student.get_submodule(name).weight
+        weight.add_(patch.b_OR.to(weight.device) @ patch.a_RI.to(weight.device))
 
 
 @torch.no_grad()

@@ -38,13 +38,13 @@ def reconstruct(
     teacher: Twins,
     texts: Sequence[Batch],
     ridge: float,
-) -> None:
+) -> dict[str, Tensor]:
     """Re-fits the student's blocks in place, one after another; `healthy` is the teacher, loaded.
 
-    In memory at once: both models, the residual streams of `texts` in both, and the second moments of one
-    block's inputs.
+    Returns the weights that were fitted, by name. In memory at once: both models, the residual streams of
+    `texts` in both, and of one block the second moments of its inputs and what its last matrix is given.
     """
-    here, there, passed = Stream(student, texts), Stream(healthy, texts), 0
+    here, there, passed, fitted = Stream(student, texts), Stream(healthy, texts), 0, list[str]()
     for block, module in enumerate(decoder_blocks(student)):
         next_kept = teacher.layers.get(block + 1, len(decoder_blocks(healthy)))
         for other in range(passed, next_kept):
@@ -52,10 +52,14 @@ def reconstruct(
         passed = next_kept
         layers = linear_layers(student, block)
         last = [*layers][-1] if _adds_to_stream(here, block, [*layers.values()][-1]) else None
-        _fit_to_teacher(here, block, {n: layer for n, layer in layers.items() if n != last}, teacher, ridge)
-        if last is not None:
-            _fit_to_stream(here, there, block, module, layers[last], ridge)
-        here.advance(block)
+        others = {name: layer for name, layer in layers.items() if name != last}
+        fitted += _fit_to_teacher(here, block, others, teacher, ridge)
+        if last is None:
+            here.advance(block)
+        else:
+            here.hidden_BTD = _fit_to_stream(here, there, block, module, layers[last], ridge)
+            fitted.append(last)
+    return {f"{name}.weight": student.get_submodule(name).weight.detach() for name in fitted}
 
 
 def refit(weight_OI: Tensor, pull_OI: Tensor, moment_II: Tensor, ridge: float) -> Tensor:
@@ -86,28 +90,42 @@ def refit(weight_OI: Tensor, pull_OI: Tensor, moment_II: Tensor, ridge: float) -
 
 def _fit_to_teacher(
     stream: Stream, block: int, layers: Mapping[str, nn.Linear], teacher: Twins, ridge: float
-) -> None:
-    """Fits matrices that have zeros, and their teacher's shape, to their teacher's."""
+) -> list[str]:
+    """Fits matrices that have zeros, and their teacher's shape, to their teacher's; returns their names."""
     pruned = {name: layer for name, layer in layers.items() if (layer.weight == 0).any()}
-    for name, moment_II in second_moments(stream, block, pruned).items():
+    fitted = []
+    for name, moment_II in second_moments(stream, block, pruned).items() if pruned else ():
         weight, theirs = layers[name].weight, teacher[f"{name}.weight"].to(moment_II)
         if theirs.shape == weight.shape:
             pull_OI = (theirs - weight.float()) @ moment_II
             weight.copy_(refit(weight.float(), pull_OI, moment_II, ridge))
+            fitted.append(name)
+    return fitted
 
 
 def _fit_to_stream(
     here: Stream, there: Stream, block: int, module: nn.Module, last: nn.Linear, ridge: float
-) -> None:
-    """Fits the matrix that adds to the stream, so that the stream behind the block is what it is `there`."""
+) -> list[Tensor]:
+    """Fits the matrix that adds to the stream, so that the stream behind the block is what it is `there`.
+
+    Returns the stream behind the block as it then is.
+    """
     moment_II = pull_OI = torch.zeros((), device=last.weight.device)
-    watched = here.watch(block, {"last": last, "block": module})
+    watched, before_OI, seen = here.watch(block, {"last": last, "block": module}), last.weight.float(), []
     for flows, mask_BT, wanted_BTD in zip(watched, there.masks_BT, there.hidden_BTD, strict=True):
-        inputs_NI = flows["last"].inputs_NI
-        lack_NO = wanted_BTD[mask_BT].float() - flows["block"].outputs_NO
+        inputs_NI, outputs_NO = flows["last"].inputs_NI, flows["block"].outputs_NO
+        lack_NO = wanted_BTD[mask_BT].float() - outputs_NO
         moment_II = moment_II + inputs_NI.T @ inputs_NI
         pull_OI = pull_OI + lack_NO.T @ inputs_NI
-    last.weight.copy_(refit(last.weight.float(), pull_OI, moment_II, ridge))
+        seen.append((inputs_NI, outputs_NO))
+    last.weight.copy_(refit(before_OI, pull_OI, moment_II, ridge))
+    change_OI, behind_BTD = last.weight.float() - before_OI, []
+    for (inputs_NI, outputs_NO), mask_BT, hidden_BTD in zip(
+        seen, here.masks_BT, here.hidden_BTD, strict=True
+    ):
+        behind_BTD.append(hidden_BTD.clone())
+        behind_BTD[-1][mask_BT] = (outputs_NO + inputs_NI @ change_OI.T).to(hidden_BTD)
+    return behind_BTD
 
 
 def _adds_to_stream(stream: Stream, block: int, layer: nn.Linear) -> bool:

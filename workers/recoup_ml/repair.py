@@ -10,16 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from recoup.schemas import DamageReport
 from recoup_ml import low_rank, models, reconstruct, update
+from recoup_ml.low_rank import Patch
 from recoup_ml.sequences import Answered
 from recoup_ml.stream import calibration
 from recoup_ml.twins import Twins
 
 Name = Literal["interpolate", "spectral", "restore_layers", "low_rank_patch", "reconstruct"]
+Fit = dict[str, Tensor]
+"""What was found on texts, by names in the model."""
+FITTED: frozenset[Name] = frozenset({"low_rank_patch", "reconstruct"})
+"""The repairs that look at texts, which takes its time."""
 
 
 @dataclass(frozen=True)
@@ -56,19 +63,44 @@ def candidates(kind: str) -> list[Repair]:
             ]
 
 
-def apply(
+def fit(
     repair: Repair,
     student: PreTrainedModel,
     teacher: Path,
     damage: DamageReport,
     texts: Sequence[Answered],
     pad_id: int,
-) -> None:
-    """Repairs the loaded student in place; `texts` are teacher's answers that no test knows.
+) -> Fit:
+    """What a repair that looks at texts finds: new weights, or the factors of a patch. Others find nothing.
+
+    `texts` are teacher's answers that no test knows. The loaded student may be changed on the way.
 
     Raises:
         UnsupportedModel: the model's matrices cannot be changed so.
     """
+    twins = Twins(teacher, damage.layer_map)
+    match repair.name:
+        case "low_rank_patch":
+            patches = low_rank.low_rank_patches(
+                student, twins, calibration(texts, pad_id), int(repair.strength)
+            )
+            return {
+                f"{name}.{factor}": tensor
+                for name, patch in patches.items()
+                for factor, tensor in patch._asdict().items()
+            }
+        case "reconstruct":
+            healthy = models.load(teacher)
+            return reconstruct.reconstruct(
+                student, healthy, twins, calibration(texts, pad_id), repair.strength
+            )
+        case _:
+            return {}
+
+
+@torch.no_grad()
+def apply(repair: Repair, student: PreTrainedModel, teacher: Path, damage: DamageReport, found: Fit) -> None:
+    """Repairs the loaded student in place, with what `fit` found."""
     twins = Twins(teacher, damage.layer_map)
     match repair.name:
         case "interpolate":
@@ -77,29 +109,20 @@ def apply(
             update.keep_signal(student, twins, repair.strength)
         case "restore_layers":
             update.restore_blocks(student, twins, damage.distance_by_layer, repair.strength)
+        case "low_rank_patch" if models.is_quantized(student):
+            as_adapter(student, found)
         case "low_rank_patch":
-            patches = low_rank.low_rank_patches(
-                student, twins, calibration(texts, pad_id), int(repair.strength)
-            )
-            if models.is_quantized(student):
-                low_rank.as_adapter(student, patches)
-            else:
-                low_rank.add(student, patches)
+            low_rank.add(student, _patches(found))
         case "reconstruct":
-            healthy = models.load(teacher)
-            reconstruct.reconstruct(student, healthy, twins, calibration(texts, pad_id), repair.strength)
+            for name, weight in found.items():
+                student.get_parameter(name).copy_(weight)
 
 
-def as_adapter(
-    repair: Repair,
-    student: PreTrainedModel,
-    teacher: Path,
-    damage: DamageReport,
-    texts: Sequence[Answered],
-    pad_id: int,
-) -> PeftModel:
+def as_adapter(student: PreTrainedModel, found: Fit) -> PeftModel:
     """A low-rank patch as an adapter inside the student, whose own weights stay as they are."""
-    assert repair.name == "low_rank_patch", "only a patch is an adapter"
-    twins = Twins(teacher, damage.layer_map)
-    patches = low_rank.low_rank_patches(student, twins, calibration(texts, pad_id), int(repair.strength))
-    return low_rank.as_adapter(student, patches)
+    return low_rank.as_adapter(student, _patches(found))
+
+
+def _patches(found: Fit) -> dict[str, Patch]:
+    names = dict.fromkeys(name.rpartition(".")[0] for name in found)
+    return {name: Patch(*(found[f"{name}.{factor}"] for factor in Patch._fields)) for name in names}

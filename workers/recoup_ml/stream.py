@@ -77,13 +77,34 @@ class Stream:
             if index == 0:
                 self.hidden_BTD.append(args[0] if args else kwargs["hidden_states"])
 
-        with hooks(
+        def behind(_block: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+            plain.append(isinstance(output, Tensor))
+
+        plain: list[bool] = []
+        before = (
             block.register_forward_pre_hook(partial(at_the_door, index), with_kwargs=True)
             for index, block in enumerate(self._blocks)
-        ):
+        )
+        with hooks([*before, *(block.register_forward_hook(behind) for block in self._blocks)]):
             for batch in texts:
                 there = batch.to(model.device)
-                last_hidden(model, there.ids_BT, there.mask_BT)
+                with _passed_over(self._blocks if plain and all(plain) else []):
+                    last_hidden(model, there.ids_BT, there.mask_BT)
+
+
+@contextmanager
+def _passed_over(blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """Has blocks give back the stream as it reached them: what a model does outside of them costs little."""
+    before = [(block, block.__dict__.get("forward")) for block in blocks]
+    for block, _ in before:
+        block.forward = lambda hidden_states, *_, **__: hidden_states
+    try:
+        yield
+    finally:
+        for block, forward in before:
+            del block.forward
+            if forward:
+                block.forward = forward
 
 
 @contextmanager
