@@ -55,7 +55,7 @@ DRY_RUN = {
         {
             "pointer": "/output/kind",
             "code": "base_not_servable",
-            "message": "vLLM loads no weights packed by hqq; use output.kind merged where that can be",
+            "message": "vLLM loads no weights packed by bitsandbytes; use output.kind merged",
         }
     ],
     "estimate": {

@@ -34,7 +34,7 @@ UNSERVED_FEATURES = (
     "use_qalora",
     "target_parameters",
 )
-UNSERVED_PACKINGS = frozenset({"bitsandbytes", "hqq"})
+UNSERVED_PACKINGS = frozenset({"bitsandbytes"})
 """Which vLLM 0.32 and 0.33 do not load any more (vllm#39583)."""
 WITHOUT_ADAPTERS = frozenset(
     {

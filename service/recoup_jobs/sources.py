@@ -23,11 +23,12 @@ CONFIG_FILES = ("config.json", "generation_config.json", "tokenizer_config.json"
 CODE_KEYS = frozenset({"auto_map", "custom_pipelines", "model_file"})
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
-QUANTIZERS = ("bitsandbytes", "torchao", "gptq", "awq", "compressed-tensors", "hqq", "fp8")
+QUANTIZERS = ("bitsandbytes", "torchao", "gptq", "awq", "compressed-tensors", "fp8")
 """Methods whose packed weights transformers loads and peft trains an adapter beside.
 
 Of these bitsandbytes (4 and 8 bits) and torchao were run, on a CPU. The others want a GPU and packages of
-their own; they are let through on the word of those libraries' documentation.
+their own; they are let through on the word of those libraries' documentation. HQQ is not among them:
+transformers 5 knows its weights by none of their names and would fill the layers with random numbers.
 """
 UNSAFE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".ckpt"})
 

@@ -232,7 +232,9 @@ def test_only_adapters_are_trained_beside_packed_weights(findings, student, quan
     assert findings(training=training) == ([("/training/mode", "unsupported_request")] if refused else [])
 
 
-@pytest.mark.parametrize("packing", [{"quant_method": "quanto"}, {"quant_method": ["gptq"]}, {}, 4])
+@pytest.mark.parametrize(
+    "packing", [{"quant_method": "quanto"}, {"quant_method": "hqq"}, {"quant_method": ["gptq"]}, {}, 4]
+)
 def test_weights_that_nothing_can_train_beside_are_refused(
     ledger, settings, asked, student, teacher, packing
 ):

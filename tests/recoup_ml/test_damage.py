@@ -170,7 +170,7 @@ def test_the_distance_of_packed_weights_is_that_of_what_they_stand_for(
     assert found.evidence[1] == "The config names the quantization method bitsandbytes."
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors", "torchao", "hqq", "fp8"])
+@pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors", "torchao", "fp8"])
 @pytest.mark.parametrize("damage", ["copy", "shallow"])
 def test_weights_that_only_their_quantizer_reads_are_compared_with_nothing(
     method: str, damage: str, student: Student, teacher: Path, tmp_path: Path

@@ -86,6 +86,17 @@ def test_weights_that_are_not_finite_are_refused_by_name(value: float, teacher: 
         models.load(tmp_path / "broken")
 
 
+def test_weights_that_are_missing_are_not_made_up(teacher: Path, tmp_path: Path) -> None:
+    """As of a model whose quantizer transformers no longer knows: its layers would be random."""
+    model = models.load(teacher)
+    kept = {name: value for name, value in model.state_dict().items() if "layers.1.mlp.up_proj" not in name}
+    model.save_pretrained(tmp_path / "partial", state_dict=kept)
+    with pytest.raises(
+        UnsupportedModel, match=r"no weights for model\.layers\.1\.mlp\.up_proj\.weight, one of 1"
+    ):
+        models.load(tmp_path / "partial")
+
+
 def test_a_head_that_is_more_than_a_linear_map_is_refused(tmp_path: Path) -> None:
     torch.manual_seed(0)
     BertLMHeadModel(BertConfig(**SHAPE, is_decoder=True)).save_pretrained(tmp_path / "bert")

@@ -7,11 +7,12 @@ folders only, safetensors only, and no code that comes with a model is run.
 """
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import transformers
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
@@ -95,23 +96,25 @@ def load(folder: Path) -> PreTrainedModel:
 
     Raises:
         NonFiniteWeights: a tensor holds NaN or infinity, or the model computes it.
-        UnsupportedModel: hidden state and head do not reproduce the model's logits, or what the
-            quantizer of the weights needs is not installed.
+        UnsupportedModel: hidden state and head do not reproduce the model's logits, weights are missing, or
+            what their quantizer needs is not installed.
     """
     on_gpu, quantizer = device().type == "cuda", packed.method(folder)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loading = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype="auto" if on_gpu else torch.float32,
             device_map=device() if on_gpu else None,
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
+            output_loading_info=True,
         )
     except ImportError as error:
         if quantizer is None:
             raise
         raise UnsupportedModel(f"{folder.name}: {packed.what_to_install(quantizer, error)}") from error
+    _check_whole(loading["missing_keys"], folder)
     if quantizer == "bitsandbytes":
         packed.settle_bitsandbytes(model, folder)
     _check_finite(model, folder)
@@ -198,6 +201,15 @@ def release() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _check_whole(missing: Collection[str], folder: Path) -> None:
+    """Of what transformers does not find it makes random numbers, and warns."""
+    if missing:
+        raise UnsupportedModel(
+            f"{folder.name}: transformers {transformers.__version__} finds no weights for {min(missing)}, "
+            f"one of {len(missing)} parameters that its files lack or call by other names."
+        )
 
 
 def _check_finite(model: PreTrainedModel, folder: Path) -> None:
