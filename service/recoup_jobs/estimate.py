@@ -29,6 +29,10 @@ ACTIVATIONS = 34
 """Numbers of a hidden state's width that a layer keeps for the way back (Korthikanti et al., 2205.05198)."""
 SAMPLES, KEPT, WINDOWS, WINDOW_TOKENS, CALIBRATION, TRIALS = 16, 128, 32, 128, 64, 6
 """As in `probe.py`, `answers.py` and `baselines.py`; the last is how many repairs are tried, about."""
+FIT_TOKENS = 16_384
+"""As in `stream.py`: of answers, that a repair is fitted to."""
+FITTING_PASSES = {"quantization": 2, "pruning": 3}
+"""Of these answers through a model, about, by the damage whose repair is fitted."""
 VALIDATIONS, TEST_SHARE, VALIDATION_SHARE = 8, 0.20, 0.12
 TASK_ROWS_KNOWN = 256
 DEFAULT_KEEP_TOKENS = 64
@@ -136,6 +140,10 @@ class PlannedTraining(Protocol):
 class Planned(Protocol):
     """What is read here, and by `servability.py`, of a plan (`recoup_ml.plan.Plan`)."""
 
+    @property
+    def damage(self) -> str: ...
+    @property
+    def start(self) -> str: ...
     @property
     def phases(self) -> Sequence[PlannedPhase]: ...
     @property
@@ -253,10 +261,21 @@ def _work(request: CreateRecovery, plan: Planned, amounts: Amounts) -> dict[Stag
             (taught + validation + 2 * rewritten + rehearsed) * limit + kept * DEFAULT_KEEP_TOKENS,
             (taught + validation + rehearsed) * length,
         ),
-        "distil": Work(rolled, (VALIDATIONS + TRIALS) * validation * length, sequences * length),
+        "distil": Work(
+            rolled,
+            (VALIDATIONS + TRIALS) * validation * length
+            + _fitting_passes(request, plan) * min(FIT_TOKENS, taught * length),
+            sequences * length,
+        ),
         "evaluate": Work(2 * probed + shown * limit, (2 * test + shown) * length + 2 * reading),
         "package": Work(read=length),
     }
+
+
+def _fitting_passes(request: CreateRecovery, plan: Planned) -> int:
+    """How often the repairs that are tried read the answers that they are fitted to."""
+    tried = plan.start == "repair" or request.evaluation.baselines or not plan.phases
+    return FITTING_PASSES.get(plan.damage, 0) if tried and not request.teach else 0
 
 
 def _answers(plan: Planned, data: str) -> int:
@@ -310,7 +329,7 @@ def _power_of_two(tokens: int) -> int:
 
 
 def _disk(request: CreateRecovery, plan: Planned, student: Sizes, trained: int, amounts: Amounts) -> int:
-    """States of answers and of alignment, the head beside each set, snapshots, what is handed over."""
+    """States of answers and of alignment, the head beside each set, a fit, snapshots, what is handed over."""
     wanted = _answers(plan, "teacher") + CALIBRATION + 2 * request.evaluation.test_sequences
     answered = min(amounts.rows, wanted)
     states = 4 * student.hidden * answered * request.generation.max_new_tokens
@@ -318,7 +337,8 @@ def _disk(request: CreateRecovery, plan: Planned, student: Sizes, trained: int, 
     heads = 3 * 4 * student.hidden * student.vocabulary
     handed_over = 4 * trained if plan.output == "adapter" else 2 * student.stored_bytes
     snapshot = OPTIMIZER_BYTES + AVERAGE_BYTES * _averages(request)
-    return states + aligned + heads + handed_over + (snapshot * trained if plan.phases else 0)
+    fitted = 4 * student.parameters if plan.damage == "pruning" and _fitting_passes(request, plan) else 0
+    return states + aligned + heads + fitted + handed_over + (snapshot * trained if plan.phases else 0)
 
 
 def _is_linear(name: str) -> bool:

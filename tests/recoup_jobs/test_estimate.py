@@ -27,6 +27,8 @@ class Training:
 
 @dataclass(frozen=True)
 class Plan:
+    damage: str = "finetuning"
+    start: str = "student"
     phases: tuple[Phase, ...] = (Phase(),)
     trainable: Training = Training()
     batch_size: int = 8
@@ -144,6 +146,20 @@ def test_a_moving_average_takes_four_bytes_a_trained_parameter_and_no_second_mod
     frozen, ema = (need(plan, method=MethodSpec(teacher=name)) for name in ("frozen", "ema"))
     assert ema.disk_bytes - frozen.disk_bytes == 4 * SMALL.parameters
     assert ema.memory_bytes - frozen.memory_bytes == 4 * SMALL.parameters - SMALL.loaded_bytes(CPU)
+
+
+@pytest.mark.parametrize(("damage", "passes"), [("finetuning", 0), ("quantization", 2), ("pruning", 3)])
+def test_repairs_read_what_they_are_fitted_to(need, damage, passes):
+    plain, fitting = need().work["distil"], need(Plan(damage=damage)).work["distil"]
+    assert fitting.read - plain.read == passes * 16_384
+    none = EvaluationSpec(baselines=False)
+    assert need(Plan(damage=damage), evaluation=none).work == need(evaluation=none).work
+    starting = need(Plan(damage=damage, start="repair"), evaluation=none).work["distil"]
+    assert starting.read - need(evaluation=none).work["distil"].read == passes * 16_384
+
+
+def test_the_fitted_weights_of_a_pruned_student_lie_on_the_disk(need):
+    assert need(Plan(damage="pruning")).disk_bytes - need().disk_bytes == 4 * SMALL.parameters
 
 
 def test_a_whole_model_takes_more_disk_than_an_adapter(need):
