@@ -52,15 +52,18 @@ def test_steps_and_rate_are_those_seen_to_work(kind: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gap", "rate"), [(None, 2e-4), (4.8, 2e-4), (2.0, 2e-4), (0.7, 7e-5), (0.33, 3.3e-5), (0.01, 2e-5)]
+    ("gap", "share"), [(None, 1.0), (4.8, 1.0), (2.0, 1.0), (0.7, 0.35), (0.33, 0.165), (0.01, 0.1)]
 )
-def test_a_small_gap_of_a_pruned_student_is_closed_in_small_steps(gap: float | None, rate: float) -> None:
-    made = plan(damage("pruning"), gap=gap)
+@pytest.mark.parametrize(("kind", "whole"), [("pruning", 2e-4), ("quantization", 1e-3)])
+def test_a_small_gap_is_closed_in_small_steps(
+    gap: float | None, share: float, kind: str, whole: float
+) -> None:
+    made, rate = plan(damage(kind), gap=gap), pytest.approx(share * whole, rel=0.04)
     assert [phase.learning_rate for phase in made.phases] == [rate]
     (told,) = [choice for choice in made.choices if choice.name == "learning_rate"]
-    assert told.value == repr(rate)
-    assert ("here it is" in told.why) == (rate < 2e-4)
-    asked = plan(damage("pruning"), gap=gap, training={"learning_rate": 0.5})
+    assert float(told.value) == rate
+    assert ("here it is" in told.why) == (share < 1)
+    asked = plan(damage(kind), gap=gap, training={"learning_rate": 0.5})
     assert [phase.learning_rate for phase in asked.phases] == [0.5]
 
 

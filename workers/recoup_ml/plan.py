@@ -95,8 +95,8 @@ class _Rule:
     why: str
     method_why: str
     whole_gap: float | None = None
-    """The gap in nats that the rate of `full` is for: a smaller one gets a share of it, as near the teacher
-    the gradient of a batch is mostly noise."""
+    """The gap in nats that the rates are for: a smaller one gets a share of them, as near the teacher the
+    gradient of a batch is mostly noise."""
 
 
 RULES = {
@@ -115,6 +115,7 @@ RULES = {
         mode="lora",
         why="rounding disturbs every layer, so it takes more steps",
         method_why="the teacher's distribution on its own answers recovered most at equal cost",
+        whole_gap=2.0,
     ),
     "pruning": _Rule(
         method="off_policy",
@@ -243,7 +244,7 @@ def _rate(request: CreateRecovery, rule: _Rule, mode: Mode, gap: float | None) -
     asked, whole = request.training.learning_rate, rule.rates[mode]
     if asked != "auto":
         return asked, ""
-    if mode != "full" or rule.whole_gap is None or gap is None or gap >= rule.whole_gap:
+    if rule.whole_gap is None or gap is None or gap >= rule.whole_gap:
         return whole, f"teaches with {mode} here" if request.teach else f"recovered most with {mode} here"
     share = max(LEAST_SHARE, gap / rule.whole_gap)
     why = f"{whole:g} is for a gap of {rule.whole_gap:g} nats and more; here it is {gap:.2g}"
