@@ -8,7 +8,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from recoup.schemas import DamageReport
-from recoup_ml import damage, low_rank, models, repair, update
+from recoup_ml import damage, low_rank, models, reconstruct, repair, update
 from recoup_ml.errors import UnsupportedModel
 from recoup_ml.observation import observe
 from recoup_ml.reconstruct import refit
@@ -203,6 +203,21 @@ def test_reconstruction_has_nothing_to_mend_in_the_teacher_itself(
 ) -> None:
     mended, before = tensors(repaired("copy", "reconstruct", 1.0)), tensors(healthy)
     assert all(torch.allclose(mended[name], before[name], atol=1e-4) for name in before)
+
+
+@pytest.mark.parametrize("name", ["pruned", "narrow"])
+def test_the_stream_behind_a_fitted_block_is_what_the_block_makes_of_it(
+    name: str, student: Student, healthy: PreTrainedModel, answered: list[Answered]
+) -> None:
+    model, texts = models.load(student(name)), calibration(answered[:12], 0)
+    here, there, block = Stream(model, texts), Stream(healthy, texts), model.model.layers[0]
+    there.advance(0)
+    before = block.mlp.down_proj.weight.detach().clone()
+    with torch.no_grad():
+        behind = reconstruct._fit_to_stream(here, there, 0, block, block.mlp.down_proj, 1.0)
+    assert not torch.allclose(block.mlp.down_proj.weight, before, atol=1e-3)
+    for found_BTD, expected_BTD, mask_BT in zip(behind, here.after(0), here.masks_BT, strict=True):
+        torch.testing.assert_close(found_BTD[mask_BT], expected_BTD[mask_BT], rtol=1e-4, atol=1e-4)
 
 
 def test_survivors_are_fitted_as_least_squares_would() -> None:

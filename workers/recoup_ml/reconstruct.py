@@ -28,7 +28,8 @@ from recoup_ml.sequences import Batch
 from recoup_ml.stream import Stream, hooks, linear_layers
 from recoup_ml.twins import Twins
 
-ITERATIONS = 32
+ITERATIONS, TOLERANCE = 32, 1e-8
+"""Of conjugate gradients: at most so many, until so little of each row's first residual energy is left."""
 
 
 @torch.no_grad()
@@ -77,6 +78,7 @@ def refit(weight_OI: Tensor, pull_OI: Tensor, moment_II: Tensor, ridge: float) -
     residual = pull_OI * kept_OI
     step = residual / scale_I
     direction, energy_O1 = step, (residual * step).sum(1, keepdim=True)
+    enough_O1 = TOLERANCE * energy_O1
     for _ in range(ITERATIONS):
         image = (direction @ moment_II + damping_I * direction) * kept_OI
         length_O1 = energy_O1 / (direction * image).sum(1, keepdim=True).clamp_min(1e-30)
@@ -84,6 +86,8 @@ def refit(weight_OI: Tensor, pull_OI: Tensor, moment_II: Tensor, ridge: float) -
         residual = residual - length_O1 * image
         step = residual / scale_I
         before_O1, energy_O1 = energy_O1, (residual * step).sum(1, keepdim=True)
+        if (energy_O1 <= enough_O1).all():
+            break
         direction = step + energy_O1 / before_O1.clamp_min(1e-30) * direction
     return torch.where(kept_OI, found, torch.zeros(()).to(found))
 
@@ -111,15 +115,16 @@ def _fit_to_stream(
     Returns the stream behind the block as it then is.
     """
     moment_II = pull_OI = torch.zeros((), device=last.weight.device)
-    watched, before_OI, seen = here.watch(block, {"last": last, "block": module}), last.weight.float(), []
+    watched, seen = here.watch(block, {"last": last, "block": module}), []
     for flows, mask_BT, wanted_BTD in zip(watched, there.masks_BT, there.hidden_BTD, strict=True):
         inputs_NI, outputs_NO = flows["last"].inputs_NI, flows["block"].outputs_NO
         lack_NO = wanted_BTD[mask_BT].float() - outputs_NO
         moment_II = moment_II + inputs_NI.T @ inputs_NI
         pull_OI = pull_OI + lack_NO.T @ inputs_NI
         seen.append((inputs_NI, outputs_NO))
-    last.weight.copy_(refit(before_OI, pull_OI, moment_II, ridge))
-    change_OI, behind_BTD = last.weight.float() - before_OI, []
+    fitted_OI = refit(last.weight.float(), pull_OI, moment_II, ridge)
+    change_OI, behind_BTD = fitted_OI - last.weight.float(), []
+    last.weight.copy_(fitted_OI)
     for (inputs_NI, outputs_NO), mask_BT, hidden_BTD in zip(
         seen, here.masks_BT, here.hidden_BTD, strict=True
     ):
