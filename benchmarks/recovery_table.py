@@ -10,7 +10,7 @@ Row = dict[str, Any]
 Pair = tuple[float, float]
 """Alignment and recovery."""
 ORDER = ("auto", "forward_kl", "reverse_kl", "jsd", "on_policy", "two_stage", "rewrite_sft", "sft")
-RESAMPLES = 2000
+RESAMPLES, FEWEST = 2000, 5
 
 
 def tables(rows: Sequence[Row]) -> str:
@@ -163,7 +163,7 @@ def along(rows: Sequence[Row]) -> str:
     for name, group in [*groups.items(), ("pooled", runs)]:
         clusters = {kind: [_course(row["points"], value) for row in group] for kind, value in kinds.items()}
         points = sum(map(len, next(iter(clusters.values()))))
-        found = [_rank(courses, fewest=3) for courses in clusters.values()]
+        found = [_rank(courses) for courses in clusters.values()]
         lines.append(_line([name, str(len(group)), str(points), *found]))
     return "\n".join(lines)
 
@@ -184,12 +184,12 @@ def _damages(rows: Sequence[Row]) -> list[str]:
 
 
 def _shown(pairs: Sequence[Pair]) -> str:
-    return _rank([[pair] for pair in pairs], fewest=5)
+    return _rank([[pair] for pair in pairs])
 
 
-def _rank(clusters: Sequence[Sequence[Pair]], fewest: int) -> str:
+def _rank(clusters: Sequence[Sequence[Pair]]) -> str:
     """Spearman's correlation of all pairs; its interval is from resampled clusters."""
-    if len(clusters) < fewest:
+    if len(clusters) < FEWEST:
         return "–"
     draw = random.Random(0)
     drawn = (draw.choices(clusters, k=len(clusters)) for _ in range(RESAMPLES))

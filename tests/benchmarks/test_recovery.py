@@ -67,11 +67,7 @@ def test_alignment_is_correlated_along_trainings_resampled_whole() -> None:
         points = [{"validation_kl": kl, "last": cka, "mean": cka} for kl, cka in values]
         return {"damage": "ffn10", "points": points}
 
-    (row,) = [
-        line for line in along([training(1), training(1), training(1)]).splitlines() if "pooled" in line
-    ]
-    assert row.startswith("| pooled | 3 | 6 | +1.00 [+1.00, +1.00]")
-    (row,) = [
-        line for line in along([training(1), training(-1), training(1)]).splitlines() if "pooled" in line
-    ]
+    (row,) = [line for line in along(5 * [training(1)]).splitlines() if "pooled" in line]
+    assert row.startswith("| pooled | 5 | 10 | +1.00 [+1.00, +1.00]")
+    (row,) = [line for line in along([training(-1), *(4 * [training(1)])]).splitlines() if "pooled" in line]
     assert "+1.00 [+1.00" not in row
