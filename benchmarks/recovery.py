@@ -173,6 +173,9 @@ class FolderJournal:
         if not folder.exists():
             began = time.monotonic()
             aside = folder.with_name(f".{name}")
+            for left in aside.iterdir() if aside.exists() else ():  # by a cell that was killed
+                if left.name != durable.UNFINISHED:
+                    durable.remove(left)
             (aside / durable.UNFINISHED).mkdir(parents=True, exist_ok=True)
             if name == "generate":
                 self._take_up(aside / durable.UNFINISHED)

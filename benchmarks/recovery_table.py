@@ -171,7 +171,10 @@ def along(rows: Sequence[Row]) -> str:
 def _course(points: Sequence[Row], value: Callable[[Row, Row], float]) -> list[Pair]:
     """(alignment, share of the KL won) at each point of a training after its first."""
     keys = ("validation_kl", "last", "mean")
-    first, *later = [point for point in points if all(point[key] is not None for key in keys)]
+    measured = [point for point in points if all(point[key] is not None for key in keys)]
+    if not measured:
+        return []
+    first, *later = measured
     return [(value(point, first), 1 - point["validation_kl"] / first["validation_kl"]) for point in later]
 
 

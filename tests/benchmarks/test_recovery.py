@@ -59,6 +59,27 @@ def test_runs_on_other_sequences_are_not_paired() -> None:
     assert lead(one, other) is None
 
 
+def test_a_training_whose_alignment_was_not_measured_is_counted_with_no_points() -> None:
+    from recovery_table import along
+
+    point = {"validation_kl": 0.5, "last": None, "mean": None}
+    assert "| pooled | 1 | 0 |" in along([{"damage": "ffn10", "points": [point, point]}])
+
+
+def test_a_cell_that_was_killed_goes_on_from_what_it_kept(tmp_path: Path) -> None:
+    import recovery
+
+    left = tmp_path / "runs" / ".distil"
+    for name in ("fits", "unfinished"):
+        (left / name).mkdir(parents=True)
+        (left / name / "file").touch()
+    seen: list[set[str]] = []
+    journal = recovery.FolderJournal(tmp_path / "runs", tmp_path / "shared", {})
+    folder = journal.stage("distil", lambda aside: seen.append({item.name for item in aside.iterdir()}))
+    assert seen == [{"unfinished"}]
+    assert (folder / "unfinished" / "file").exists()
+
+
 def test_alignment_is_correlated_along_trainings_resampled_whole() -> None:
     from recovery_table import along
 
