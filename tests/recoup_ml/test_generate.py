@@ -51,6 +51,24 @@ def test_padding_on_the_left_changes_no_answer(
     assert together == [engine.answer([prompt], LIMIT, ignore)[0] for prompt in asked]
 
 
+def test_a_system_prompt_is_passed_once_a_batch_and_changes_no_answer(
+    healthy: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, asked: list[Encoded]
+) -> None:
+    system = tuple(range(11, 23))
+    begun = [Encoded(prompt.prompt, system + prompt.ids) for prompt in asked[:20]]
+    widths: list[int] = []
+    hook = (
+        healthy.get_decoder()
+        .layers[0]
+        .register_forward_pre_hook(lambda _layer, args: widths.append(args[0].shape[1]))
+    )
+    found = LocalEngine(healthy, tokenizer).answer(begun, LIMIT, ignore)
+    hook.remove()
+    assert max(widths) < max(len(prompt.ids) for prompt in begun)
+    expected = [argmax_loop(healthy, prompt.ids, LIMIT, {2}) for prompt in begun]
+    assert [list(answer.answer_ids) for answer in found] == expected
+
+
 def test_a_model_is_observed_while_it_answers_as_on_the_whole_text(
     healthy: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, asked: list[Encoded]
 ) -> None:

@@ -23,6 +23,7 @@ from transformers import (
 
 from recoup_ml import models
 from recoup_ml.errors import NonFiniteWeights, UnsupportedModel
+from recoup_ml.sequences import sees
 
 SHAPE = {
     "vocab_size": 64,
@@ -152,10 +153,35 @@ def test_a_family_that_is_packed_keeps_its_sequences_apart(family: str) -> None:
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_sequences_share_may_stand_in_a_row_once(family: str) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family]()).eval()
+    if not models.can_share(model):
+        pytest.skip(f"{family} cannot be told what each token may look at")
+    first, *others = (torch.randint(3, 64, (1, size)) for size in (5, 9, 1, 7))
+    whole = [torch.cat([first, other], 1) for other in others]
+    places = torch.cat([torch.arange(5), *(torch.arange(5, part.shape[1]) for part in whole)]).unsqueeze(0)
+    with torch.inference_mode():
+        together = models.last_hidden(
+            model, torch.cat([first, *others], 1), None, places, sees([5, 9, 1, 7]).unsqueeze(0)
+        )
+        alone = [models.last_hidden(model, part, torch.ones_like(part)) for part in whole]
+    expected = torch.cat([alone[0][:, :5], *(part[:, 5:] for part in alone)], 1)
+    torch.testing.assert_close(together, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_which_families_share_first_tokens() -> None:
+    """Gemma's window, here of four tokens, would lose them."""
+    made = {name: AutoModelForCausalLM.from_config(make()).eval() for name, make in FAMILIES.items()}
+    found = {name for name, model in made.items() if models.can_share(model)}
+    assert found == {*FAMILIES} - {"gemma"}
+
+
 def test_a_model_that_ignores_places_is_found_out(
     healthy: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = models.last_hidden
     assert models.can_pack(healthy)
-    monkeypatch.setattr(models, "last_hidden", lambda model, ids, mask, places=None: plain(model, ids, mask))
+    monkeypatch.setattr(models, "last_hidden", lambda model, ids, mask, *_: plain(model, ids, mask))
     assert not models.can_pack(healthy)

@@ -1,5 +1,6 @@
 """One pass over answered prompts: the same whatever the padding and the batches, and safe in a file."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,29 @@ def test_the_size_of_batches_changes_nothing(
     expected = observe(healthy, answered, 0, positions)
     monkeypatch.setattr(observation, "BATCH_TOKENS", tokens)
     assert_same(observe(healthy, answered, 0, positions), expected)
+
+
+@pytest.mark.parametrize("tokens", [24, 512])
+def test_what_all_sequences_begin_with_is_passed_once_a_row_and_changes_nothing(
+    tokens: int, healthy: PreTrainedModel, answered: list[Answered], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system = (11, 12, 13, 14, 15, 16, 17, 18)
+    sequences = [replace(sequence, prompt_ids=system + sequence.prompt_ids) for sequence in answered]
+    positions = choose_positions(sequences, 256, seed=0)
+    monkeypatch.setattr(observation, "ROW_TOKENS", tokens)
+    passed: list[int] = []
+    hook = (
+        healthy.get_decoder()
+        .layers[0]
+        .register_forward_pre_hook(lambda _layer, args: passed.append(args[0].shape[:2].numel()))
+    )
+    found, rows = observe(healthy, sequences, 0, positions), [*passed]
+    passed.clear()
+    monkeypatch.setattr(observation, "LEAST_SHARED", 2.0)
+    expected = observe(healthy, sequences, 0, positions)
+    hook.remove()
+    assert_same(found, expected)
+    assert sum(rows) < sum(passed) * (0.6 if tokens == 512 else 1)
 
 
 def test_the_order_of_sequences_is_kept(healthy: PreTrainedModel, answered: list[Answered]) -> None:

@@ -7,7 +7,16 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from recoup.schemas import Message, Prompt
-from recoup_ml.sequences import Answered, batches, collate, encode, packs, read_jsonl, write_jsonl
+from recoup_ml.sequences import (
+    Answered,
+    batches,
+    collate,
+    encode,
+    packs,
+    read_jsonl,
+    shared_tokens,
+    write_jsonl,
+)
 
 
 def test_a_prompt_is_encoded_by_the_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -88,6 +97,21 @@ def test_packs_hold_every_sequence_once_and_no_padding(answered: list[Answered])
         assert batch.ids_BT[0].tolist() == ids
         assert batch.places_BT[0].tolist() == [p for row in batch.rows for p in range(len(answered[row]))]
         assert int(batch.answer_BT.sum()) == len(batch.targets_N)
+
+
+def test_what_all_prompts_begin_with_stands_in_a_row_once() -> None:
+    prompts = [(7, 7, 1, 2), (7, 7, 1), (7, 7, 1, 2, 5, 6)]
+    rows = [Answered("", "", prompt, "", (8 + at, 9), "stop") for at, prompt in enumerate(prompts)]
+    assert shared_tokens(prompts) == 2, "the second prompt's last token says what its answer begins with"
+    (batch,) = packs(rows, 32, 2)
+    assert batch.ids_BT.tolist() == [[7, 7, 1, 2, 5, 6, 10, 9, 1, 2, 8, 9, 1, 9, 9]]
+    assert batch.places_BT.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 2, 3, 4, 5, 2, 3, 4]]
+    following = torch.cat([batch.ids_BT[0, 1:], torch.tensor([-1])])
+    assert following[batch.answer_BT[0]].tolist() == batch.targets_N.tolist() == [10, 9, 8, 9, 9, 9]
+    assert batch.sees_BTT[0, 9].nonzero().flatten().tolist() == [0, 1, 8, 9]
+    assert [len(part.rows) for part in packs(rows, 10, 2)] == [1, 2]
+    longer = [Answered("", "", (*range(20), at), "", (8, 9), "stop") for at in range(4)]
+    assert [len(part.rows) for part in packs(longer, 16, 20)] == [2, 2], "of much that is shared half is left"
 
 
 def test_a_pack_says_which_token_each_position_predicts(answered: list[Answered]) -> None:

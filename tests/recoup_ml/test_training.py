@@ -24,7 +24,7 @@ from recoup_ml.observation import observe
 from recoup_ml.plan import Phase, Plan, Trainable
 from recoup_ml.room import Room
 from recoup_ml.scores import compare
-from recoup_ml.sequences import Answered, batches, encode, packs
+from recoup_ml.sequences import Answered, batches, encode, packs, shared_tokens
 from recoup_ml.tickets import ticket_rows
 from recoup_ml.trainable import prepare
 from recoup_ml.training import Training, Watchers, learn, rate_share, validation_steps
@@ -287,6 +287,7 @@ PIECES = {
     "one batch": lambda answers: batches(answers, 0, 10_000),
     "packed": lambda answers: packs(answers, 64),
     "one pack": lambda answers: packs(answers, 10_000),
+    "sharing": lambda answers: packs(answers, 64, shared_tokens(a.prompt_ids for a in answers)),
 }
 
 
@@ -310,6 +311,7 @@ def test_however_a_batch_is_cut_the_gradient_is_the_same(
         "text": texts(chosen.answers),
         "skipping": replace(chosen, skip=1),
     }
+    assert shared_tokens(answer.prompt_ids for answer in chosen.answers)
     model = models.load(student("finetuned"))
     expected = plain_gradient(model, lessons[kind], divergence)
     learn(model, lessons[kind], divergence, PIECES[pieces](chosen.answers))

@@ -11,13 +11,13 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from recoup_ml.errors import TeacherTruncated
 from recoup_ml.kept_batches import Given, KeptBatches
-from recoup_ml.models import head, pad_id
+from recoup_ml.models import can_share, head, pad_id
 from recoup_ml.observation import Observation
-from recoup_ml.sequences import Answered, Encoded
+from recoup_ml.sequences import Answered, Encoded, shared_tokens
 
 Tick = Callable[[int], None]
 BATCH = 64
@@ -49,7 +49,7 @@ class LocalEngine:
             if temperature
             else {"do_sample": False, "temperature": None}
         )
-        self._end_ids = end_ids(model, tokenizer)
+        self._end_ids, self._shares = end_ids(model, tokenizer), can_share(model)
 
     def answer(self, prompts: Sequence[Encoded], max_new_tokens: int, tick: Tick) -> list[Answered]:
         found = {row: given for row, given, _ in self._generated(prompts, max_new_tokens, tick, False)}
@@ -93,7 +93,15 @@ class LocalEngine:
 
     @torch.inference_mode()
     def _generate(self, prompts: Sequence[Encoded], max_new_tokens: int) -> tuple[list[list[int]], Tensor]:
-        ids_BT, mask_BT = _left_padded([prompt.ids for prompt in prompts], pad_id(self._tokenizer))
+        shared = shared_tokens(prompt.ids for prompt in prompts) if self._shares else 0
+        first_BT = torch.tensor([prompt.ids[:shared] for prompt in prompts], dtype=torch.long)
+        rest = [prompt.ids[shared:] for prompt in prompts]
+        rest_BT, mask_BT = _left_padded(rest, pad_id(self._tokenizer))
+        ids_BT, mask_BT = (
+            torch.cat([first_BT, rest_BT], 1),
+            torch.cat([torch.ones_like(first_BT), mask_BT], 1),
+        )
+        passed = self._passed(first_BT) if shared else None
         with _last_states(self._model) as states_BD:
             output_BT = self._model.generate(
                 input_ids=ids_BT.to(self._model.device),
@@ -105,8 +113,16 @@ class LocalEngine:
                 repetition_penalty=1.0,
                 eos_token_id=self._end_ids,
                 pad_token_id=pad_id(self._tokenizer),
+                past_key_values=passed,
             )
         return output_BT[:, ids_BT.shape[1] :].tolist(), torch.stack(states_BD, dim=1)
+
+    def _passed(self, first_BT: Tensor) -> Cache:
+        """Keys and values of what all prompts begin with, computed once."""
+        ids_BT = first_BT[:1].to(self._model.device)
+        cache: Cache = self._model.get_decoder()(input_ids=ids_BT, use_cache=True).past_key_values
+        cache.batch_repeat_interleave(len(first_BT))
+        return cache
 
     def _end(self, ids: Sequence[int]) -> int:
         """How many of the tokens belong to the answer: up to the first that ends it."""

@@ -26,6 +26,7 @@ from transformers import (
 
 from recoup_ml import packed
 from recoup_ml.errors import NonFiniteWeights, UnsupportedModel
+from recoup_ml.sequences import sees
 
 HALVES = frozenset({torch.bfloat16, torch.float16})
 
@@ -160,24 +161,53 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def last_hidden(
-    model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor | None, places_BT: Tensor | None = None
+    model: PreTrainedModel,
+    ids_BT: Tensor,
+    mask_BT: Tensor | None,
+    places_BT: Tensor | None = None,
+    sees_BTT: Tensor | None = None,
 ) -> Tensor:
     """The backbone's last hidden states after the final norm, [B, T, D].
 
-    `places_BT` tells sequences apart that lie in one row: each begins anew at 0.
+    `places_BT` tells sequences apart that lie in one row: each begins anew at 0. Where they share their first
+    tokens that does not tell all, and `sees_BTT` says which tokens each may look at.
     """
     backbone = model.get_decoder()
     where = {} if places_BT is None else {"position_ids": places_BT}
-    return backbone(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False, **where).last_hidden_state
+    mask = mask_BT if sees_BTT is None else _additive(sees_BTT, model.dtype)
+    return backbone(input_ids=ids_BT, attention_mask=mask, use_cache=False, **where).last_hidden_state
+
+
+def _additive(sees_BTT: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as every attention of transformers that takes one takes it: [B, 1, T, T]."""
+    mask_BTT = torch.zeros(sees_BTT.shape, dtype=dtype, device=sees_BTT.device)
+    return mask_BTT.masked_fill_(~sees_BTT, torch.finfo(dtype).min).unsqueeze(1)
+
+
+def can_pack(model: PreTrainedModel) -> bool:
+    """Whether sequences that lie in one row stay apart: families differ, so it is tried out."""
+    return _stay_apart(model, 0)
+
+
+def can_share(model: PreTrainedModel) -> bool:
+    """Whether the first tokens of such sequences may stand in the row once: that is tried out, too.
+
+    A window of attention, which the few tokens of a trial do not fill, would lose them.
+    """
+    return getattr(model.config.get_text_config(), "sliding_window", None) is None and _stay_apart(model, 2)
 
 
 @torch.inference_mode()
-def can_pack(model: PreTrainedModel) -> bool:
-    """Whether sequences that lie in one row stay apart: families differ, so it is tried out."""
-    ids_BT = torch.arange(3, 15, device=model.device).unsqueeze(0) % model.config.get_text_config().vocab_size
-    places_BT = torch.arange(6, device=model.device).repeat(2).unsqueeze(0)
-    packed_BTD = last_hidden(model, ids_BT, None, places_BT)
-    alone_BTD = last_hidden(model, ids_BT[:, 6:], torch.ones_like(ids_BT[:, 6:]))
+def _stay_apart(model: PreTrainedModel, shared: int) -> bool:
+    """Two sequences of six tokens in one row, of which the first `shared` stand there once."""
+    vocabulary, sizes = model.config.get_text_config().vocab_size, [shared, 6 - shared, 6 - shared]
+    ids_BT = torch.arange(3, 3 + sum(sizes), device=model.device).unsqueeze(0) % vocabulary
+    rest_T = torch.arange(shared, 6)
+    places_BT = torch.cat([torch.arange(shared), rest_T, rest_T]).unsqueeze(0).to(model.device)
+    sees_BTT = sees(sizes).to(model.device).unsqueeze(0) if shared else None
+    packed_BTD = last_hidden(model, ids_BT, None, places_BT, sees_BTT)
+    second_BT = torch.cat([ids_BT[:, :shared], ids_BT[:, 6:]], 1)
+    alone_BTD = last_hidden(model, second_BT, torch.ones_like(second_BT))[:, shared:]
     return torch.allclose(packed_BTD[:, 6:], alone_BTD, rtol=1e-2, atol=1e-2 * float(alone_BTD.abs().max()))
 
 

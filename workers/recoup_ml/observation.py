@@ -5,7 +5,7 @@ and, where positions are named, the residual stream at those. The same pass ther
 divergence, agreement, perplexity and alignment.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +18,14 @@ from transformers import PreTrainedModel
 
 from recoup_ml.alignment import Positions
 from recoup_ml.hidden import Capture, capture
-from recoup_ml.models import Head, head, last_hidden
-from recoup_ml.sequences import Answered, Batch, batches
+from recoup_ml.models import Head, can_share, head, last_hidden
+from recoup_ml.sequences import Answered, Batch, batches, packs, shared_tokens
 
 BATCH_TOKENS = 4096
+ROW_TOKENS = 512
+"""Of a row, in which attention looks at everything."""
+LEAST_SHARED = 0.15
+"""Share of all tokens: from here on it outweighs that."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +80,12 @@ def observe(
     """Runs `model` over `sequences`; `tick` is told how many sequences are done."""
     hidden: dict[int, Tensor] = {}
     with capture(model) if positions else nullcontext() as seen:
-        for batch in batches(sequences, pad_id, BATCH_TOKENS):
+        for batch in _laid_out(model, sequences, pad_id):
             there = batch.to(model.device)
             if seen and positions:
                 seen.positions_BT = _chosen(there, sequences, positions)
-            last_ND = last_hidden(model, there.ids_BT, there.mask_BT)[there.answer_BT].cpu()
+            last_BTD = last_hidden(model, there.ids_BT, there.mask_BT, there.places_BT, there.sees_BTT)
+            last_ND = last_BTD[there.answer_BT].cpu()
             sizes = [len(sequences[row].answer_ids) for row in batch.rows]
             hidden |= dict(zip(batch.rows, last_ND.split(sizes), strict=True))
             tick(len(hidden))
@@ -88,12 +93,21 @@ def observe(
     return Observation([hidden[row] for row in range(len(sequences))], head(model).detached(), states)
 
 
+def _laid_out(model: PreTrainedModel, sequences: Sequence[Answered], pad_id: int) -> Iterator[Batch]:
+    """In padded batches or, where much is the same in all sequences, in rows where that stands once."""
+    shared = shared_tokens(sequence.prompt_ids for sequence in sequences)
+    if shared * len(sequences) < LEAST_SHARED * sum(map(len, sequences)) or not can_share(model):
+        return batches(sequences, pad_id, BATCH_TOKENS)
+    return packs(sequences, ROW_TOKENS, shared)
+
+
 def _chosen(batch: Batch, sequences: Sequence[Answered], positions: Positions) -> Tensor:
-    chosen_BT = torch.zeros_like(batch.answer_BT)
-    for place, row in enumerate(batch.rows):
-        first = len(sequences[row].prompt_ids) - 1
-        chosen_BT[place, [first + position for position in positions.chosen[row]]] = True
-    return chosen_BT
+    chosen_N = torch.zeros(len(batch.targets_N), dtype=torch.bool, device=batch.answer_BT.device)
+    first = 0
+    for row in batch.rows:
+        chosen_N[[first + position for position in positions.chosen[row]]] = True
+        first += len(sequences[row].answer_ids)
+    return torch.zeros_like(batch.answer_BT).masked_scatter_(batch.answer_BT, chosen_N)
 
 
 def _in_order(seen: Capture, rows: Sequence[int], positions: Positions) -> list[Tensor]:

@@ -54,7 +54,7 @@ class Regulariser:
         places_BT = spread(piece.answer_BT)
         with torch.no_grad(), capture(self.teacher, student.device) as theirs:
             theirs.positions_BT = places_BT
-            last_hidden(self.teacher, piece.ids_BT, piece.mask_BT, piece.places_BT)
+            last_hidden(self.teacher, piece.ids_BT, piece.mask_BT, piece.places_BT, piece.sees_BTT)
         with capture(student, student.device, detached=False) as mine:
             mine.positions_BT = places_BT
             yield lambda: self.terms(mine.states(), theirs.states())

@@ -1,4 +1,4 @@
-"""How many tokens go through a student at once: a power of two for which its device has room.
+"""How many tokens go through a student at once: on a GPU a power of two for which it has room.
 
 On the way to a loss a decoder layer keeps, of every token, about `ACTIVATIONS` numbers of a hidden state's
 width (Korthikanti et al., arXiv 2205.05198, count bytes; the rest is for norms in float32 and gated MLPs). A
@@ -27,7 +27,7 @@ HEAD_COPIES = 6
 """Pieces of logits, float32, that a divergence holds at once."""
 OPTIMIZER_BYTES = 12
 """A trained parameter: its gradient and two moments, float32."""
-CPU_TOKENS = 256
+CPU_TOKENS = 384
 """What caches of a CPU like best; its memory does not decide."""
 FEWEST_TOKENS, MOST_TOKENS = 256, 8_192
 """Longer packs are slower: attention looks at all of a pack."""
@@ -60,7 +60,7 @@ class Room:
     """What a student's device has room for."""
 
     tokens: int
-    """At once; a power of two within bounds."""
+    """At once; on a GPU a power of two within bounds."""
     recomputes: bool
     """Whether layers are run again on the way back."""
 

@@ -9,8 +9,9 @@ has A of them, from P - 1 to P + A - 2.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +72,11 @@ class Batch:
     """The answer tokens, sequence by sequence."""
     places_BT: Tensor | None = None
     """In a pack: the position of each token in its own sequence."""
+    sees_BTT: Tensor | None = None
+    """In a pack whose sequences share their first tokens: which tokens each may look at."""
 
     def to(self, device: torch.device) -> "Batch":
-        names = ("ids_BT", "mask_BT", "answer_BT", "targets_N", "places_BT")
+        names = ("ids_BT", "mask_BT", "answer_BT", "targets_N", "places_BT", "sees_BTT")
         parts = (getattr(self, name) for name in names)
         return Batch(self.rows, *(part if part is None else part.to(device) for part in parts))
 
@@ -119,42 +122,66 @@ def batches(sequences: Sequence[Answered], pad_id: int, tokens: int) -> Iterator
         start = end
 
 
-def packs(sequences: Sequence[Answered], tokens: int) -> Iterator[Batch]:
+def shared_tokens(prompts: Iterable[Sequence[int]]) -> int:
+    """How many first tokens all prompts have in common: those of a system prompt, mostly.
+
+    A prompt's last token is not counted: its answer is read off there.
+    """
+    places = zip(*(ids[:-1] for ids in prompts), strict=False)
+    return sum(1 for _ in takewhile(lambda tokens: len({*tokens}) == 1, places))
+
+
+def packs(sequences: Sequence[Answered], tokens: int, shared: int = 0) -> Iterator[Batch]:
     """All sequences once, laid end to end in rows of at most `tokens`; a longer one has a row of its own.
 
-    First fit, longest first. A model must be told by `places_BT` where a sequence begins.
+    First fit, longest first. A model must be told by `places_BT` where a sequence begins and, where the first
+    `shared` tokens of all stand once in each row, by `sees_BTT` what belongs together. Behind many of these a
+    row holds half of `tokens` still.
     """
+    behind = max(tokens - shared, tokens // 2)
     rows: list[list[int]] = []
     room: list[int] = []
     for index in sorted(range(len(sequences)), key=lambda index: -len(sequences[index])):
-        size = len(sequences[index])
+        size = len(sequences[index]) - shared
         fits = next((row for row, left in enumerate(room) if left >= size), None)
         if fits is None:
             rows.append([])
-            room.append(tokens)
+            room.append(behind)
             fits = len(rows) - 1
         rows[fits].append(index)
         room[fits] -= size
-    yield from (pack(sequences, row) for row in rows)
+    yield from (pack(sequences, row, shared) for row in rows)
 
 
-def pack(sequences: Sequence[Answered], rows: Sequence[int]) -> Batch:
+def pack(sequences: Sequence[Answered], rows: Sequence[int], shared: int = 0) -> Batch:
     """The named sequences one after another, as a batch of one row without padding."""
     chosen = [sequences[row] for row in rows]
+    first = [*chosen[0].prompt_ids[:shared]]
+    rest = [token for item in chosen for token in (*item.prompt_ids, *item.answer_ids)[shared:]]
     answer = [
-        first <= place < len(sequence) - 1
-        for sequence in chosen
-        for first in [len(sequence.prompt_ids) - 1]
-        for place in range(len(sequence))
+        len(item.prompt_ids) - 1 <= place < len(item) - 1
+        for item in chosen
+        for place in range(shared, len(item))
     ]
+    places = [torch.arange(shared), *(torch.arange(shared, len(item)) for item in chosen)]
     return Batch(
         rows=tuple(rows),
-        ids_BT=torch.tensor([[token for item in chosen for token in (*item.prompt_ids, *item.answer_ids)]]),
+        ids_BT=torch.tensor([first + rest]),
         mask_BT=None,
-        answer_BT=torch.tensor([answer]),
+        answer_BT=torch.tensor([[False] * shared + answer]),
         targets_N=torch.tensor([token for item in chosen for token in item.answer_ids]),
-        places_BT=torch.cat([torch.arange(len(item)) for item in chosen]).unsqueeze(0),
+        places_BT=torch.cat(places).unsqueeze(0),
+        sees_BTT=sees([len(part) for part in places]).unsqueeze(0) if shared else None,
     )
+
+
+def sees(sizes: Sequence[int]) -> Tensor:
+    """Of parts that lie one after another: each token sees those before it in its part and in the first one.
+
+    [T, T], true where the one named by the row may look at the one named by the column.
+    """
+    part_T = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    return ((part_T[:, None] == part_T) | (part_T == 0)).tril()
 
 
 def collate(sequences: Sequence[Answered], rows: Sequence[int], pad_id: int) -> Batch:

@@ -21,14 +21,14 @@ from recoup.schemas import Checkpoint, PhaseReport, RewriteCounts, Stopped, Trai
 from recoup_ml import durable, mismatch
 from recoup_ml.fused import hidden_divergence
 from recoup_ml.lessons import Course, Lesson
-from recoup_ml.models import can_pack, head, last_hidden
+from recoup_ml.models import can_pack, can_share, head, last_hidden
 from recoup_ml.moving_average import MovingAverage
 from recoup_ml.objective import Divergence
 from recoup_ml.plan import Phase, Plan
 from recoup_ml.regulariser import Regulariser
 from recoup_ml.room import Shape, free_bytes, room_for
 from recoup_ml.run import Interrupted
-from recoup_ml.sequences import Answered, Batch, batches, packs
+from recoup_ml.sequences import Answered, Batch, batches, packs, shared_tokens
 from recoup_ml.snapshots import Snapshot, Snapshots, dice, moments, restore_dice, restore_moments
 from recoup_ml.stopping import PATIENCE, reason_to_stop
 from recoup_ml.targets import join
@@ -134,6 +134,7 @@ class Training:
         )
         self.trainee.model.eval()
         self._packs = can_pack(self.trainee.model)
+        self._shares = self._packs and can_share(self.trainee.model)
 
     def keep(self, course: Course) -> None:
         """Adds a lesson of this course to every step; its mean divergence counts as much as the other's."""
@@ -254,10 +255,14 @@ class Training:
         return losses[0]
 
     def _learn(self, lesson: Lesson, regulariser: Regulariser | None = None) -> float:
-        share = -(-sum(map(len, lesson.answers)) // self.team.size)
+        prompts = (answer.prompt_ids for answer in lesson.answers)
+        shared = shared_tokens(prompts) if self._shares else 0
+        share = shared - (-sum(len(answer) - shared for answer in lesson.answers) // self.team.size)
         tokens = min(self._tokens, share)
         pieces = (
-            packs(lesson.answers, tokens) if self._packs else batches(lesson.answers, self.pad_id, tokens)
+            packs(lesson.answers, tokens, shared)
+            if self._packs
+            else batches(lesson.answers, self.pad_id, tokens)
         )
         mine = self.team.share([*pieces])
         return learn(self.trainee.model, lesson, self.plan.divergence, mine, regulariser)
@@ -375,7 +380,8 @@ def learn(
     for piece in pieces:
         there = piece.to(student.device)
         with regulariser.beside(student, there) if regulariser else nullcontext() as terms:
-            student_ND = last_hidden(student, there.ids_BT, there.mask_BT, there.places_BT)[there.answer_BT]
+            student_BTD = last_hidden(student, there.ids_BT, there.mask_BT, there.places_BT, there.sees_BTT)
+        student_ND = student_BTD[there.answer_BT]
         target = join([lesson.targets[row] for row in piece.rows], student_ND)
         counted = [lesson.answers[row] for row in piece.rows]
         weights_N = torch.cat([_counts(answer, lesson.skip) for answer in counted]) / lesson.positions
