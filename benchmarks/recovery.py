@@ -92,7 +92,9 @@ def request(stage: str, damage: Damage, method: str, seed: int) -> dict[str, Any
     """The body of the recovery; all cells of a stage and damage share everything but the method."""
     training: dict[str, Any] = {"max_length": 128}
     if stage != "final":
-        training |= {"steps": 16, "stop_early": False, "start": "auto" if method == "auto" else "student"}
+        training |= {"steps": 16, "stop_early": False}
+        if method != "auto":
+            training |= {"start": "student", "learn_prompts": False}
     chosen = TRAINED.get(method, {"type": method})
     return {
         "student": {"source": "student"},

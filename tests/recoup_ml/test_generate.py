@@ -7,12 +7,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from recoup.schemas import Prompt
-from recoup_ml import models
+from recoup_ml import generate, models
 from recoup_ml.errors import TeacherTruncated
 from recoup_ml.generate import BATCH, LocalEngine, require_an_end, usable
 from recoup_ml.kept_batches import KeptBatches
 from recoup_ml.observation import observe
-from recoup_ml.sequences import Answered, Encoded, encode
+from recoup_ml.sequences import Answered, Encoded, encode, with_prompts
 
 LIMIT = 12
 
@@ -69,14 +69,26 @@ def test_a_system_prompt_is_passed_once_a_batch_and_changes_no_answer(
     assert [list(answer.answer_ids) for answer in found] == expected
 
 
-def test_a_model_is_observed_while_it_answers_as_on_the_whole_text(
-    healthy: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, asked: list[Encoded]
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("begin", [(), tuple(range(11, 23))], ids=["", "system"])
+@pytest.mark.parametrize("shares", [False, True])
+def test_a_model_is_observed_while_it_answers_as_on_the_text(
+    shares: bool,
+    begin: tuple[int, ...],
+    whole: bool,
+    healthy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    asked: list[Encoded],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(generate, "can_share", lambda _model: shares)
     engine = LocalEngine(healthy, tokenizer)
-    answers, seen = engine.observed(asked, LIMIT, ignore)
-    again = observe(healthy, answers, models.pad_id(tokenizer))
-    assert answers == usable(engine.answer(asked, LIMIT, ignore))
-    assert [len(part) for part in seen.hidden] == [len(given.answer_ids) for given in answers]
+    begun = [Encoded(prompt.prompt, begin + prompt.ids) for prompt in asked]
+    answers, seen = engine.observed(begun, LIMIT, ignore, whole)
+    texts = with_prompts(answers) if whole else answers
+    again = observe(healthy, texts, models.pad_id(tokenizer))
+    assert answers == usable(engine.answer(begun, LIMIT, ignore))
+    assert [len(part) for part in seen.hidden] == [len(given.answer_ids) for given in texts]
     for found, expected in zip(seen.hidden, again.hidden, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 

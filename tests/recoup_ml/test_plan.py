@@ -237,6 +237,7 @@ def test_every_choice_has_its_reason() -> None:
         "damage",
         "method",
         "objective",
+        "learn_prompts",
         "start",
         "mode",
         "learning_rate",
@@ -246,3 +247,30 @@ def test_every_choice_has_its_reason() -> None:
     ]
     assert all(choice.why for choice in made.choices)
     assert made.choices[0].why == "It was seen. Twice."
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked", "expected"),
+    [
+        ("pruning", {}, True),
+        ("pruning", {"training": {"learn_prompts": False}}, False),
+        ("pruning", {"method": {"type": "two_stage"}}, True),
+        ("pruning", {"method": {"type": "on_policy"}}, False),
+        ("pruning", {"method": {"top_k": 8}}, False),
+        ("finetuning", {}, False),
+        ("finetuning", {"training": {"learn_prompts": True}}, True),
+    ],
+)
+def test_whether_prompts_are_learnt_is_decided_and_told(kind: str, asked: dict, expected: bool) -> None:
+    made = plan(damage(kind), **asked)
+    assert made.prompts == expected
+    told = {choice.name: choice.value for choice in made.choices}.get("learn_prompts")
+    assert told == (
+        None if asked.get("method", {}).get("type") == "on_policy" else "yes" if expected else "no"
+    )
+
+
+@pytest.mark.parametrize("method", [{"type": "sft"}, {"type": "reconstruct"}, {"top_k": 8}])
+def test_prompts_are_not_learnt_where_the_teacher_says_nothing_of_them(method: dict) -> None:
+    with pytest.raises(UnsupportedRequest, match="learn_prompts"):
+        plan(damage("pruning"), method=method, training={"learn_prompts": True})

@@ -15,6 +15,7 @@ from recoup_ml.sequences import (
     packs,
     read_jsonl,
     shared_tokens,
+    with_prompts,
     write_jsonl,
 )
 
@@ -112,6 +113,15 @@ def test_what_all_prompts_begin_with_stands_in_a_row_once() -> None:
     assert [len(part.rows) for part in packs(rows, 10, 2)] == [1, 2]
     longer = [Answered("", "", (*range(20), at), "", (8, 9), "stop") for at in range(4)]
     assert [len(part.rows) for part in packs(longer, 16, 20)] == [2, 2], "of much that is shared half is left"
+
+
+def test_with_prompts_all_counts_but_what_they_begin_with() -> None:
+    prompts = [(7, 7, 1, 2), (7, 7, 1), (7, 7, 5)]
+    rows = [Answered("kind", "text", prompt, "said", (8, 9), "stop") for prompt in prompts]
+    found = [(row.prompt_ids, row.answer_ids) for row in with_prompts(rows)]
+    assert found == [((7, 7, 1), (2, 8, 9)), ((7, 7, 1), (8, 9)), ((7, 7, 5), (8, 9))]
+    alone = [Answered("", "", (4,), "", (8, 9), "stop")]
+    assert with_prompts(alone) == alone
 
 
 def test_a_pack_says_which_token_each_position_predicts(answered: list[Answered]) -> None:

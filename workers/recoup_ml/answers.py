@@ -33,7 +33,15 @@ from recoup_ml.plan import Plan, make_plan
 from recoup_ml.probe import KEPT, keep_tokens
 from recoup_ml.rewrite import Rewritten, demonstrated, rewriting, settle
 from recoup_ml.run import Counter, Done, Journal, Run
-from recoup_ml.sequences import Answered, Encoded, encode, read_jsonl, with_answer, write_jsonl
+from recoup_ml.sequences import (
+    Answered,
+    Encoded,
+    encode,
+    read_jsonl,
+    with_answer,
+    with_prompts,
+    write_jsonl,
+)
 from recoup_ml.splits import Split, split_keep
 from recoup_ml.targets import TopK
 from recoup_ml.turns import served
@@ -110,7 +118,9 @@ def taught(done: Done, plan: Plan) -> Lesson:
     if plan.top_k is not None:
         return Lesson(training_answers(done), tops.read(place))
     seen = Observation.load(place)
-    return distributions(training_answers(done), seen, None, plan.divergence.temperature)
+    pairs = zip(training_answers(done), seen.hidden, strict=True)
+    learnt = [answer.ending(len(hidden_ND)) for answer, hidden_ND in pairs]
+    return distributions(learnt, seen, None, plan.divergence.temperature)
 
 
 def has_keep(done: Done) -> bool:
@@ -187,15 +197,16 @@ class Speaker:
     pad_id: int
 
     def speak(
-        self, prompts: Sequence[Encoded], limit: int, counter: Counter
+        self, prompts: Sequence[Encoded], limit: int, counter: Counter, whole: bool = False
     ) -> tuple[list[Answered], Observation]:
-        """The usable answers, and the model observed on them."""
+        """The usable answers, and the model observed on them, or on the `whole` of prompts and answers."""
         size = len(prompts)
         if isinstance(self.engine, LocalEngine):
             tick = counter.part(2 * size)
-            return self.engine.observed(prompts, limit, lambda done: tick(2 * done))
+            return self.engine.observed(prompts, limit, lambda done: tick(2 * done), whole)
         answers = usable(self.say(prompts, limit, counter))
-        return answers, observe(self.model, answers, self.pad_id, tick=counter.part(size))
+        texts = with_prompts(answers) if whole else answers
+        return answers, observe(self.model, texts, self.pad_id, tick=counter.part(size))
 
     def say(self, prompts: Sequence[Encoded], limit: int, counter: Counter) -> list[Answered]:
         """Answers alone; a server's are found in the cache, and were counted when it gave them."""
@@ -270,11 +281,16 @@ def _student(run: Run, tokenizer: PreTrainedTokenizerBase, kept: KeptBatches) ->
 
 
 def _answer(
-    speaker: Speaker, prompts: Sequence[Encoded], limit: int, place: Path, counter: Counter
+    speaker: Speaker,
+    prompts: Sequence[Encoded],
+    limit: int,
+    place: Path,
+    counter: Counter,
+    whole: bool = False,
 ) -> list[Answered]:
     if not prompts:
         raise EmptyDataset(f"No prompt for {place.name} is shorter than training.max_length.")
-    answers, seen = speaker.speak(prompts, limit, counter)
+    answers, seen = speaker.speak(prompts, limit, counter, whole)
     write_jsonl(place.with_suffix(".jsonl"), answers)
     seen.save(place.with_suffix(".safetensors"))
     return answers
@@ -285,7 +301,7 @@ def _teach(
 ) -> list[Answered]:
     """As `_answer`, but with `method.top_k` only the likeliest tokens are kept."""
     if plan.top_k is None or not prompts:
-        return _answer(speaker, prompts, limit, place, counter)
+        return _answer(speaker, prompts, limit, place, counter, plan.prompts)
     answers, found = speaker.teach(prompts, limit, plan.top_k, plan.divergence.temperature, counter)
     write_jsonl(place.with_suffix(".jsonl"), answers)
     tops.write(place.with_suffix(".safetensors"), found)

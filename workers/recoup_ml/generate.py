@@ -11,13 +11,14 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from recoup_ml.errors import TeacherTruncated
-from recoup_ml.kept_batches import Given, KeptBatches
+from recoup_ml.kept_batches import Given, KeptBatches, States
 from recoup_ml.models import can_share, head, pad_id
 from recoup_ml.observation import Observation
-from recoup_ml.sequences import Answered, Encoded, shared_tokens
+from recoup_ml.sequences import Answered, Encoded, shared_tokens, with_prompts
 
 Tick = Callable[[int], None]
 BATCH = 64
@@ -52,57 +53,71 @@ class LocalEngine:
         self._end_ids, self._shares = end_ids(model, tokenizer), can_share(model)
 
     def answer(self, prompts: Sequence[Encoded], max_new_tokens: int, tick: Tick) -> list[Answered]:
-        found = {row: given for row, given, _ in self._generated(prompts, max_new_tokens, tick, False)}
+        found = {row: given for row, given, _ in self._generated(prompts, max_new_tokens, tick, "none")}
         return [found[row] for row in range(len(prompts))]
 
     def observed(
-        self, prompts: Sequence[Encoded], max_new_tokens: int, tick: Tick
+        self, prompts: Sequence[Encoded], max_new_tokens: int, tick: Tick, whole: bool = False
     ) -> tuple[list[Answered], Observation]:
-        """The usable answers, and the model as `observe` would find it on them, without a second pass."""
-        made = self._generated(prompts, max_new_tokens, tick, True)
+        """The usable answers, and the model as `observe` would find it on them, without a second pass.
+
+        With `whole` as it would find it on `with_prompts` of them.
+        """
+        made = self._generated(prompts, max_new_tokens, tick, "whole" if whole else "answer")
         found = {row: (given, seen) for row, given, seen in made}
         kept = set(usable([given for given, _ in found.values()]))
         pairs = [found[row] for row in range(len(prompts)) if found[row][0] in kept]
-        hidden = [hidden_AD for _, hidden_AD in pairs]
-        return [given for given, _ in pairs], Observation(hidden, head(self._model).detached(), [])
+        answers = [given for given, _ in pairs]
+        learnt = with_prompts(answers) if whole else answers
+        hidden = [seen[-len(item.answer_ids) :] for (_, seen), item in zip(pairs, learnt, strict=True)]
+        return answers, Observation(hidden, head(self._model).detached(), [])
 
     def _generated(
-        self, prompts: Sequence[Encoded], max_new_tokens: int, tick: Tick, observed: bool
+        self, prompts: Sequence[Encoded], max_new_tokens: int, tick: Tick, states: States
     ) -> Iterator[tuple[int, Answered, Tensor]]:
-        """(prompt's place, its answer, last hidden states at the answer's positions [A, D]), by length."""
+        """(prompt's place, its answer, the last hidden states that are wanted [N, D]), by length."""
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))
         for start in range(0, len(order), BATCH):
             rows = order[start : start + BATCH]
-            given = self._batch([prompts[row] for row in rows], max_new_tokens, observed)
-            for row, (answer_ids, hidden_AD) in zip(rows, given, strict=True):
-                yield row, self._answered(prompts[row], answer_ids), hidden_AD
+            given = self._batch([prompts[row] for row in rows], max_new_tokens, states)
+            for row, (answer_ids, hidden_ND) in zip(rows, given, strict=True):
+                yield row, self._answered(prompts[row], answer_ids), hidden_ND
             tick(start + len(rows))
 
-    def _batch(self, prompts: Sequence[Encoded], max_new_tokens: int, observed: bool) -> list[Given]:
+    def _batch(self, prompts: Sequence[Encoded], max_new_tokens: int, states: States) -> list[Given]:
         """Answers to prompts of like length, as they were kept or made anew, on the CPU."""
-        if self._kept and (found := self._kept.get(prompts, max_new_tokens, observed)):
+        if self._kept and (found := self._kept.get(prompts, max_new_tokens, states)):
             return found
-        ids, hidden_BAD = self._generate(prompts, max_new_tokens)
+        ids, first_SD, hidden_BTD = self._generate(prompts, max_new_tokens, states == "whole")
         given: list[Given] = []
-        for answer_ids, hidden_AD in zip(ids, hidden_BAD.cpu(), strict=True):
-            end = self._end(answer_ids)
-            given.append((answer_ids[:end], hidden_AD[:end, : None if observed else 0].clone()))
+        for prompt, answer_ids, hidden_TD in zip(prompts, ids, hidden_BTD.cpu(), strict=True):
+            end, last = self._end(answer_ids), len(hidden_TD) - len(answer_ids)
+            if states == "whole":
+                own = last - len(prompt.ids) + 1 + len(first_SD)
+                seen_ND = torch.cat([first_SD, hidden_TD[own : last + end]])
+            else:
+                seen_ND = hidden_TD[last : last + (end if states == "answer" else 0)].clone()
+            given.append((answer_ids[:end], seen_ND))
         if self._kept:
-            self._kept.put(prompts, max_new_tokens, observed, given)
+            self._kept.put(prompts, max_new_tokens, states, given)
         return given
 
     @torch.inference_mode()
-    def _generate(self, prompts: Sequence[Encoded], max_new_tokens: int) -> tuple[list[list[int]], Tensor]:
+    def _generate(
+        self, prompts: Sequence[Encoded], max_new_tokens: int, whole: bool
+    ) -> tuple[list[list[int]], Tensor, Tensor]:
+        """Tokens that follow, last hidden states of what all prompts begin with, [S, D], and those after it.
+
+        The latter are [B, T, D]: from a prompt's last token on or, of the `whole`, from its padding on.
+        """
         shared = shared_tokens(prompt.ids for prompt in prompts) if self._shares else 0
         first_BT = torch.tensor([prompt.ids[:shared] for prompt in prompts], dtype=torch.long)
         rest = [prompt.ids[shared:] for prompt in prompts]
         rest_BT, mask_BT = _left_padded(rest, pad_id(self._tokenizer))
-        ids_BT, mask_BT = (
-            torch.cat([first_BT, rest_BT], 1),
-            torch.cat([torch.ones_like(first_BT), mask_BT], 1),
-        )
+        ids_BT = torch.cat([first_BT, rest_BT], 1)
+        mask_BT = torch.cat([torch.ones_like(first_BT), mask_BT], 1)
         passed = self._passed(first_BT) if shared else None
-        with _last_states(self._model) as states_BD:
+        with _last_states(self._model, whole) as states:
             output_BT = self._model.generate(
                 input_ids=ids_BT.to(self._model.device),
                 attention_mask=mask_BT.to(self._model.device),
@@ -113,16 +128,19 @@ class LocalEngine:
                 repetition_penalty=1.0,
                 eos_token_id=self._end_ids,
                 pad_token_id=pad_id(self._tokenizer),
-                past_key_values=passed,
+                past_key_values=passed.past_key_values if passed else None,
             )
-        return output_BT[:, ids_BT.shape[1] :].tolist(), torch.stack(states_BD, dim=1)
+        hidden_BTD = torch.cat(states, dim=1)
+        first_SD = passed.last_hidden_state[0].cpu() if passed else hidden_BTD[0, :0].cpu()
+        return output_BT[:, ids_BT.shape[1] :].tolist(), first_SD, hidden_BTD
 
-    def _passed(self, first_BT: Tensor) -> Cache:
-        """Keys and values of what all prompts begin with, computed once."""
+    def _passed(self, first_BT: Tensor) -> BaseModelOutputWithPast:
+        """What all prompts begin with, computed once; its keys and values as those of a batch."""
         ids_BT = first_BT[:1].to(self._model.device)
-        cache: Cache = self._model.get_decoder()(input_ids=ids_BT, use_cache=True).past_key_values
-        cache.batch_repeat_interleave(len(first_BT))
-        return cache
+        output: BaseModelOutputWithPast = self._model.get_decoder()(input_ids=ids_BT, use_cache=True)
+        assert output.past_key_values is not None
+        output.past_key_values.batch_repeat_interleave(len(first_BT))
+        return output
 
     def _end(self, ids: Sequence[int]) -> int:
         """How many of the tokens belong to the answer: up to the first that ends it."""
@@ -160,11 +178,12 @@ def require_an_end(answers: Sequence[Answered], limit: int) -> None:
 
 
 @contextmanager
-def _last_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """Inside the block: what the model's head is given for the last token of every pass, [B, D] each."""
+def _last_states(model: PreTrainedModel, whole: bool) -> Iterator[list[Tensor]]:
+    """Inside the block: the last hidden states of every pass, [B, T, D], or those of its last token alone."""
     seen: list[Tensor] = []
+    start = 0 if whole else -1
     hook = model.get_decoder().register_forward_hook(
-        lambda _module, _args, output: seen.append(output.last_hidden_state[:, -1].clone())
+        lambda _module, _args, output: seen.append(output.last_hidden_state[:, start:].clone())
     )
     try:
         yield seen

@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,7 +20,9 @@ from recoup_ml import durable
 from recoup_ml.sequences import Encoded
 
 Given = tuple[Sequence[int], Tensor]
-"""An answer's tokens, and the hidden states at its positions [A, D]; [A, 0] where none were wanted."""
+"""An answer's tokens, and last hidden states [N, D] of its positions or, too, of the prompt's before them."""
+States = Literal["none", "answer", "whole"]
+"""Which of them are wanted."""
 
 
 @dataclass(frozen=True)
@@ -28,27 +31,27 @@ class KeptBatches:
 
     folder: Path
 
-    def get(self, prompts: Sequence[Encoded], max_new_tokens: int, observed: bool) -> list[Given] | None:
+    def get(self, prompts: Sequence[Encoded], max_new_tokens: int, states: States) -> list[Given] | None:
         """What was kept of this very batch, in its order; none if it was never answered."""
-        path = self._path(prompts, max_new_tokens, observed)
+        path = self._path(prompts, max_new_tokens, states)
         if not path.exists():
             return None
         tensors = load_file(path)
-        lengths = tensors["lengths"].tolist()
-        ids, hidden = tensors["ids"].split(lengths), tensors["hidden"].split(lengths)
-        return [(ids_A.tolist(), hidden_AD) for ids_A, hidden_AD in zip(ids, hidden, strict=True)]
+        ids, hidden = (tensors[name].split(tensors[f"{name}_lengths"].tolist()) for name in ("ids", "hidden"))
+        return [(ids_A.tolist(), hidden_ND) for ids_A, hidden_ND in zip(ids, hidden, strict=True)]
 
     def put(
-        self, prompts: Sequence[Encoded], max_new_tokens: int, observed: bool, given: Sequence[Given]
+        self, prompts: Sequence[Encoded], max_new_tokens: int, states: States, given: Sequence[Given]
     ) -> None:
         tensors = {
-            "lengths": torch.tensor([len(ids) for ids, _ in given]),
+            "ids_lengths": torch.tensor([len(ids) for ids, _ in given]),
             "ids": torch.tensor([token for ids, _ in given for token in ids], dtype=torch.int64),
-            "hidden": torch.cat([hidden_AD for _, hidden_AD in given]),
+            "hidden_lengths": torch.tensor([len(hidden_ND) for _, hidden_ND in given]),
+            "hidden": torch.cat([hidden_ND for _, hidden_ND in given]),
         }
-        path = self._path(prompts, max_new_tokens, observed)
+        path = self._path(prompts, max_new_tokens, states)
         durable.place(path, lambda aside: save_file(tensors, aside))
 
-    def _path(self, prompts: Sequence[Encoded], max_new_tokens: int, observed: bool) -> Path:
-        asked = [max_new_tokens, observed, [prompt.ids for prompt in prompts]]
+    def _path(self, prompts: Sequence[Encoded], max_new_tokens: int, states: States) -> Path:
+        asked = [max_new_tokens, states, [prompt.ids for prompt in prompts]]
         return self.folder / f"{hashlib.sha256(json.dumps(asked).encode()).hexdigest()}.safetensors"

@@ -75,6 +75,9 @@ class Plan:
     """The student's own moving average teaches, renewed at this rate; None, as in plans of releases that knew
     no other: a frozen teacher."""
 
+    prompts: bool = False
+    """The teacher's distributions on its prompts are learnt, too, not on its answers alone."""
+
     @property
     def steps(self) -> int:
         return sum(phase.steps for phase in self.phases)
@@ -94,6 +97,7 @@ class _Rule:
     mode: Mode
     why: str
     method_why: str
+    prompts: bool = False
     whole_gap: float | None = None
     """The gap in nats that the rates are for: a smaller one gets a share of them, as near the teacher the
     gradient of a batch is mostly noise."""
@@ -124,6 +128,7 @@ RULES = {
         mode="full",
         why="what was cut must be learnt anew, so it takes many steps",
         method_why="the teacher's distribution on its own answers recovered most at equal cost",
+        prompts=True,
         whole_gap=2.0,
     ),
 }
@@ -180,10 +185,16 @@ def make_plan(
     divergence, why_divergence = _divergence(request, method)
     ema_rate = _ema_rate(request)
     start, why_start = _start(request, kind)
+    prompts, why_prompts = _prompts(request, rule, method)
     choices = [*_aim(request, kind, why_kind), ("method", method, why_method)]
     if method in DATA:
         choices += [
             ("objective", _objective(method, divergence, request.method.top_k), why_divergence),
+            *(
+                [("learn_prompts", "yes" if prompts else "no", why_prompts)]
+                if "teacher" in DATA[method]
+                else []
+            ),
             *([_teacher(request, ema_rate)] if method == "self_demonstration" else []),
             *([] if request.teach else [("start", start, why_start)]),
             ("mode", _mode_name(mode, keep_zeros, output), why_mode),
@@ -211,6 +222,7 @@ def make_plan(
         output=output,
         choices=tuple(Choice(name=name, value=value, why=why) for name, value, why in choices),
         ema_rate=ema_rate,
+        prompts=prompts,
     )
 
 
@@ -329,6 +341,26 @@ def _start(request: CreateRecovery, kind: str) -> tuple[Literal["student", "repa
     if kind == "finetuning":
         return "student", "a repair in weight space would wear the new skill away"
     return "repair", "a repair that costs no training saves steps, where it comes nearer on validation"
+
+
+def _prompts(request: CreateRecovery, rule: _Rule, method: Method) -> tuple[bool, str]:
+    """Whether prompts are learnt, too: of the teacher's distributions alone, where all of them is known."""
+    asked, top_k = request.training.learn_prompts, request.method.top_k
+    if asked is True and "teacher" not in DATA.get(method, ()):
+        raise UnsupportedRequest(
+            f"training.learn_prompts is for methods that learn from the teacher's answers; {method} does not."
+        )
+    if asked is True and top_k is not None:
+        raise UnsupportedRequest(
+            "With method.top_k answers alone are learnt: leave out training.learn_prompts."
+        )
+    if asked != "auto":
+        return asked, "as requested"
+    if "teacher" not in DATA.get(method, ()) or not rule.prompts:
+        return False, "answers are what is measured, and what was disturbed comes back with few of them"
+    if top_k is not None:
+        return False, "of prompts the teacher's likeliest tokens are not told"
+    return True, "they pass through the student anyway, and what must be learnt anew needs all there is"
 
 
 def _mode(request: CreateRecovery, rule: _Rule) -> tuple[Mode, str]:

@@ -42,6 +42,7 @@ LESSONS: Final[dict[Data, str]] = {
     "references": "The student learns reference answers as they are, `texts.jsonl`.",
 }
 AVERAGED: Final = "This teacher is the moving average of the student's own weights."
+WHOLE: Final = "Of these it learns the prompts, too, but for the tokens with which all begin."
 KEEPS: Final = "On the prompts of `keep.jsonl` it holds on to the distribution that it had before."
 ENDS: Final = "Recoup kept the checkpoint that was best on validation prompts: there this ends."
 DIVERGED: Final = "In Recoup this training diverged, and no checkpoint was kept."
@@ -146,7 +147,12 @@ def _about(training: TrainingReport, phases: Sequence[_Phase], start: Start, bes
 def _besides(plan: Plan, request: CreateRecovery, training: TrainingReport) -> list[str]:
     """What is not plain about the lessons."""
     averaged, pulled = plan.ema_rate is not None, regulariser.wanted(request.alignment)
-    return [AVERAGED] * averaged + [KEEPS] * (training.keep_answers > 0) + [PULLED] * pulled
+    return (
+        [WHOLE] * plan.prompts
+        + [AVERAGED] * averaged
+        + [KEEPS] * (training.keep_answers > 0)
+        + [PULLED] * pulled
+    )
 
 
 def _facts(report: Report, training: TrainingReport) -> list[str]:

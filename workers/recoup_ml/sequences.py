@@ -10,7 +10,7 @@ has A of them, from P - 1 to P + A - 2.
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,11 @@ class Answered:
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.answer_ids)
+
+    def ending(self, tokens: int) -> "Answered":
+        """The same text, of which the last `tokens` count as the answer, whoever said them."""
+        ids = self.prompt_ids + self.answer_ids
+        return replace(self, prompt_ids=ids[:-tokens], answer_ids=ids[-tokens:])
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,15 @@ def shared_tokens(prompts: Iterable[Sequence[int]]) -> int:
     """
     places = zip(*(ids[:-1] for ids in prompts), strict=False)
     return sum(1 for _ in takewhile(lambda tokens: len({*tokens}) == 1, places))
+
+
+def with_prompts(answers: Sequence[Answered]) -> list[Answered]:
+    """The same texts, of which all counts as the answer but the tokens with which all prompts begin.
+
+    And one more: what follows them is read off there.
+    """
+    first = 1 + shared_tokens(answer.prompt_ids for answer in answers)
+    return [answer.ending(len(answer) - first) for answer in answers]
 
 
 def packs(sequences: Sequence[Answered], tokens: int, shared: int = 0) -> Iterator[Batch]:

@@ -166,6 +166,9 @@ class TrainingSpec(Input):
     start: Literal["auto", "student", "repair"] = "auto"
     """From the student as it is, or from its best training-free repair; `auto`: whichever is nearer on
     validation, but for fine-tuning the student, whose new skill a repair in weight space would wear away."""
+    learn_prompts: Literal["auto"] | bool = "auto"
+    """Whether the teacher's distributions on its prompts are learnt beside those on its answers, but for the
+    tokens with which all prompts begin; `auto`: against pruning, unless `method.top_k` is set."""
     stop_early: bool = True
     """Stop when the gap is closed, when validation gets worse than before training, or on a plateau."""
 
