@@ -151,6 +151,8 @@ class Planned(Protocol):
     @property
     def batch_size(self) -> int: ...
     @property
+    def prompts(self) -> bool: ...
+    @property
     def output(self) -> str: ...
     @property
     def choices(self) -> Sequence[Choice]: ...
@@ -212,7 +214,7 @@ def need_of(
     training = student.loaded_bytes(machine) + beside + optimizer if plan.phases else 0
     held_to = plan.batch_size * sum(phase.steps for phase in plan.phases)
     learnt = held_to if request.teach and request.teach.rehearse else _answers(plan, "teacher")
-    taught = min(amounts.rows, learnt) * request.generation.max_new_tokens
+    taught = min(amounts.rows, learnt) * _learnt_tokens(request, plan, amounts)
     reading = held + 4 * machine.logit_rows * student.vocabulary
     learning = training + _activations(student, training, machine) + _kept_bytes(request, student) * taught
     return Need(
@@ -229,9 +231,20 @@ def _kept_bytes(request: CreateRecovery, student: Sizes) -> int:
     return 4 * student.hidden if k is None else 6 * k + 2
 
 
+def _learnt_tokens(request: CreateRecovery, plan: Planned, amounts: Amounts) -> int:
+    """Of a sequence with a teacher's answer, at most."""
+    return _length(request, amounts) if plan.prompts else request.generation.max_new_tokens
+
+
+def _length(request: CreateRecovery, amounts: Amounts) -> int:
+    """Tokens of a prompt and its answer."""
+    limit = request.generation.max_new_tokens
+    return limit + min(amounts.prompt_tokens, request.training.max_length - limit)
+
+
 def _work(request: CreateRecovery, plan: Planned, amounts: Amounts) -> dict[Stage, Work]:
     limit, wanted = request.generation.max_new_tokens, request.evaluation
-    length = limit + min(amounts.prompt_tokens, request.training.max_length - limit)
+    length = _length(request, amounts)
     test = min(wanted.test_sequences, max(1, round(TEST_SHARE * amounts.rows)))
     validation = min(wanted.validation_sequences, max(1, round(VALIDATION_SHARE * (amounts.rows - test))))
     train = max(1, amounts.rows - test - validation)
@@ -330,9 +343,10 @@ def _power_of_two(tokens: int) -> int:
 
 def _disk(request: CreateRecovery, plan: Planned, student: Sizes, trained: int, amounts: Amounts) -> int:
     """States of answers and of alignment, the head beside each set, a fit, snapshots, what is handed over."""
-    wanted = _answers(plan, "teacher") + CALIBRATION + 2 * request.evaluation.test_sequences
-    answered = min(amounts.rows, wanted)
-    states = 4 * student.hidden * answered * request.generation.max_new_tokens
+    taught = max(_answers(plan, "teacher"), CALIBRATION)
+    learnt = min(amounts.rows, taught) * _learnt_tokens(request, plan, amounts)
+    observed = min(amounts.rows, 2 * request.evaluation.test_sequences) * request.generation.max_new_tokens
+    states = 4 * student.hidden * (learnt + observed)
     aligned = 4 * 4 * student.hidden * (student.layers + 1) * request.alignment.positions
     heads = 3 * 4 * student.hidden * student.vocabulary
     handed_over = 4 * trained if plan.output == "adapter" else 2 * student.stored_bytes

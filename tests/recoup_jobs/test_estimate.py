@@ -32,6 +32,7 @@ class Plan:
     phases: tuple[Phase, ...] = (Phase(),)
     trainable: Training = Training()
     batch_size: int = 8
+    prompts: bool = False
     output: str = "adapter"
     choices: list[Choice] = field(default_factory=list)
 
@@ -160,6 +161,13 @@ def test_repairs_read_what_they_are_fitted_to(need, damage, passes):
 
 def test_the_fitted_weights_of_a_pruned_student_lie_on_the_disk(need):
     assert need(Plan(damage="pruning")).disk_bytes - need().disk_bytes == 4 * SMALL.parameters
+
+
+def test_what_the_teacher_holds_of_prompts_that_are_learnt_is_kept_too(need):
+    answers = min(ROWS.rows, Plan().batch_size * Plan().phases[0].steps)
+    more = 4 * SMALL.hidden * answers * ROWS.prompt_tokens
+    assert need(Plan(prompts=True)).disk_bytes - need().disk_bytes == more
+    assert need(Plan(prompts=True)).memory_bytes - need().memory_bytes == more
 
 
 def test_a_whole_model_takes_more_disk_than_an_adapter(need):
