@@ -34,6 +34,8 @@ FIT_TOKENS = 16_384
 FITTING_PASSES = {"quantization": 2, "pruning": 3}
 """Of these answers through a model, about, by the damage whose repair is fitted."""
 VALIDATIONS, TEST_SHARE, VALIDATION_SHARE = 8, 0.20, 0.12
+LEAST_TESTED, MOST_TESTED_SHARE = 20, 1 / 3
+"""As in `training.py` and `splits.py`."""
 TASK_ROWS_KNOWN = 256
 DEFAULT_KEEP_TOKENS = 64
 HARNESS_TOKENS = 1024
@@ -245,7 +247,8 @@ def _length(request: CreateRecovery, amounts: Amounts) -> int:
 def _work(request: CreateRecovery, plan: Planned, amounts: Amounts) -> dict[Stage, Work]:
     limit, wanted = request.generation.max_new_tokens, request.evaluation
     length = _length(request, amounts)
-    test = min(wanted.test_sequences, max(1, round(TEST_SHARE * amounts.rows)))
+    least = max(1.0, TEST_SHARE * amounts.rows, min(LEAST_TESTED, MOST_TESTED_SHARE * amounts.rows))
+    test = min(wanted.test_sequences, round(least))
     validation = min(wanted.validation_sequences, max(1, round(VALIDATION_SHARE * (amounts.rows - test))))
     train = max(1, amounts.rows - test - validation)
     probed = SAMPLES * limit + DEFAULT_KEEP_TOKENS * min(KEPT, amounts.keep_rows // 2)

@@ -4,7 +4,15 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from recoup.schemas import Choice, ComposedPrompts, EvaluationSpec, HarnessSpec, MethodSpec, TeachSpec
+from recoup.schemas import (
+    Choice,
+    ComposedPrompts,
+    EvaluationSpec,
+    GenerationSpec,
+    HarnessSpec,
+    MethodSpec,
+    TeachSpec,
+)
 from recoup_jobs.estimate import BASE_BYTES, CPU, Amounts, Sizes, machine_of, need_of, sizes_of
 from recoup_jobs.inspection import Model
 from recoup_jobs.weights import TensorInfo
@@ -82,6 +90,12 @@ def test_work_grows_with_steps_and_only_where_they_are_taken(need):
 def test_answers_are_no_more_than_there_are_prompts(need):
     many = need(Plan(phases=(Phase(steps=10_000),)))
     assert many.work["generate"].generated <= 256 * ROWS.rows
+
+
+@pytest.mark.parametrize(("rows", "tested"), [(9, 3), (48, 16), (60, 20), (100, 20), (200, 40)])
+def test_of_few_prompts_a_larger_share_decides(need, rows, tested):
+    few, one = (need(amounts=Amounts(count, 30)).work["diagnose"].generated for count in (rows, 1))
+    assert few - one == (tested - 1) * GenerationSpec().max_new_tokens
 
 
 def test_prompts_that_the_teacher_writes_are_generated_before_anything_else(need):
