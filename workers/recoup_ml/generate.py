@@ -93,8 +93,8 @@ class LocalEngine:
         for prompt, answer_ids, hidden_TD in zip(prompts, ids, hidden_BTD.cpu(), strict=True):
             end, last = self._end(answer_ids), len(hidden_TD) - len(answer_ids)
             if states == "whole":
-                own = last - len(prompt.ids) + 1 + len(first_SD)
-                seen_ND = torch.cat([first_SD, hidden_TD[own : last + end]])
+                rest = last + 1 - (len(prompt.ids) - len(first_SD))  # where its padding ends
+                seen_ND = torch.cat([first_SD, hidden_TD[rest : last + end]])
             else:
                 seen_ND = hidden_TD[last : last + (end if states == "answer" else 0)].clone()
             given.append((answer_ids[:end], seen_ND))

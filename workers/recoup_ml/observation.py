@@ -23,7 +23,7 @@ from recoup_ml.sequences import Answered, Batch, batches, packs, shared_tokens
 
 BATCH_TOKENS = 4096
 ROW_TOKENS = 512
-"""Of a row, in which attention looks at everything."""
+"""Of a row on a CPU, where it is felt that attention looks at all of it."""
 LEAST_SHARED = 0.15
 """Share of all tokens: from here on it outweighs that."""
 
@@ -98,7 +98,7 @@ def _laid_out(model: PreTrainedModel, sequences: Sequence[Answered], pad_id: int
     shared = shared_tokens(sequence.prompt_ids for sequence in sequences)
     if shared * len(sequences) < LEAST_SHARED * sum(map(len, sequences)) or not can_share(model):
         return batches(sequences, pad_id, BATCH_TOKENS)
-    return packs(sequences, ROW_TOKENS, shared)
+    return packs(sequences, ROW_TOKENS if model.device.type == "cpu" else BATCH_TOKENS, shared)
 
 
 def _chosen(batch: Batch, sequences: Sequence[Answered], positions: Positions) -> Tensor:
