@@ -15,7 +15,7 @@ from statistics import median
 from unittest.mock import patch
 
 from recoup_jobs.datasets import BUILTIN, read_rows
-from recoup_ml import generate, models, observation, smollm
+from recoup_ml import generate, layout, models, observation, smollm
 from recoup_ml.lessons import distributions
 from recoup_ml.objective import Divergence
 from recoup_ml.room import CPU_TOKENS
@@ -61,7 +61,7 @@ def main() -> None:
 
     def apart(work: Callable[[], None]) -> None:
         refused = {"can_share": lambda _model: False}
-        with patch.multiple(generate, **refused), patch.multiple(observation, **refused):
+        with patch.multiple(generate, **refused), patch.multiple(layout, **refused):
             work()
 
     sides = {

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from recoup_ml import observation
+from recoup_ml import layout, observation
 from recoup_ml.alignment import Positions, choose_positions
 from recoup_ml.models import Head
 from recoup_ml.observation import Observation, load_states, observe, save_states
@@ -69,7 +69,7 @@ def test_what_all_sequences_begin_with_is_passed_once_a_row_and_changes_nothing(
     system = (11, 12, 13, 14, 15, 16, 17, 18)
     sequences = [replace(sequence, prompt_ids=system + sequence.prompt_ids) for sequence in answered]
     positions = choose_positions(sequences, 256, seed=0)
-    monkeypatch.setattr(observation, "ROW_TOKENS", tokens)
+    monkeypatch.setattr(layout, "ROW_TOKENS", tokens)
     passed: list[int] = []
     hook = (
         healthy.get_decoder()
@@ -78,7 +78,7 @@ def test_what_all_sequences_begin_with_is_passed_once_a_row_and_changes_nothing(
     )
     found, rows = observe(healthy, sequences, 0, positions), [*passed]
     passed.clear()
-    monkeypatch.setattr(observation, "LEAST_SHARED", 2.0)
+    monkeypatch.setattr(layout, "LEAST_SHARED", 2.0)
     expected = observe(healthy, sequences, 0, positions)
     hook.remove()
     assert_same(found, expected)

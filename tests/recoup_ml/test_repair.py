@@ -1,6 +1,7 @@
 """Repairs without training: what each does to weights, what it must never do, and that it helps."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from recoup.schemas import DamageReport
-from recoup_ml import damage, low_rank, models, reconstruct, repair, update
+from recoup_ml import damage, layout, low_rank, models, reconstruct, repair, update
 from recoup_ml.errors import UnsupportedModel
 from recoup_ml.observation import observe
 from recoup_ml.reconstruct import refit
@@ -256,6 +257,28 @@ def test_a_stream_is_the_model_block_by_block(healthy: PreTrainedModel, answered
         for batch, hidden_BTD, expected in zip(texts, stream.hidden_BTD, whole, strict=True):
             seen = batch.mask_BT.bool()
             torch.testing.assert_close(hidden_BTD[seen], expected[block + 1][seen], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["rounded", "wanda", "narrow"])
+def test_what_all_texts_begin_with_counts_as_often_as_it_stands_there(
+    name: str,
+    teacher: Path,
+    student: Student,
+    answered: list[Answered],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A fit on rows where it is passed once is that on whole sequences."""
+    system = (11, 12, 13, 14, 15, 16, 17, 18)
+    texts = [replace(item, prompt_ids=system + item.prompt_ids) for item in answered[:24]]
+    found = damage.inspect(student(name), teacher)
+    chosen = Repair("low_rank_patch" if name == "rounded" else "reconstruct", 1.0)
+    assert all(batch.shared >= 8 for batch in calibration(texts, 0, models.load(teacher)))
+    once = fitted(chosen, student(name), teacher, found, texts)
+    monkeypatch.setattr(layout, "LEAST_SHARED", 2.0)
+    apart = fitted(chosen, student(name), teacher, found, texts)
+    assert once.keys() == apart.keys()
+    for key, tensor in apart.items():
+        torch.testing.assert_close(once[key], tensor, rtol=1e-2, atol=1e-3)
 
 
 def test_a_family_without_linear_layers_is_refused(teacher: Path, answered: list[Answered]) -> None:

@@ -5,7 +5,7 @@ and, where positions are named, the residual stream at those. The same pass ther
 divergence, agreement, perplexity and alignment.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +18,11 @@ from transformers import PreTrainedModel
 
 from recoup_ml.alignment import Positions
 from recoup_ml.hidden import Capture, capture
-from recoup_ml.models import Head, can_share, head, last_hidden
-from recoup_ml.sequences import Answered, Batch, batches, packs, shared_tokens
+from recoup_ml.layout import laid_out
+from recoup_ml.models import Head, head, last_hidden
+from recoup_ml.sequences import Answered, Batch
 
 BATCH_TOKENS = 4096
-ROW_TOKENS = 512
-"""Of a row on a CPU, where it is felt that attention looks at all of it."""
-LEAST_SHARED = 0.15
-"""Share of all tokens: from here on it outweighs that."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +77,7 @@ def observe(
     """Runs `model` over `sequences`; `tick` is told how many sequences are done."""
     hidden: dict[int, Tensor] = {}
     with capture(model) if positions else nullcontext() as seen:
-        for batch in _laid_out(model, sequences, pad_id):
+        for batch in laid_out(sequences, pad_id, BATCH_TOKENS, model):
             there = batch.to(model.device)
             if seen and positions:
                 seen.positions_BT = _chosen(there, sequences, positions)
@@ -91,14 +88,6 @@ def observe(
             tick(len(hidden))
     states = _in_order(seen, list(hidden), positions) if seen and positions else []
     return Observation([hidden[row] for row in range(len(sequences))], head(model).detached(), states)
-
-
-def _laid_out(model: PreTrainedModel, sequences: Sequence[Answered], pad_id: int) -> Iterator[Batch]:
-    """In padded batches or, where much is the same in all sequences, in rows where that stands once."""
-    shared = shared_tokens(sequence.prompt_ids for sequence in sequences)
-    if shared * len(sequences) < LEAST_SHARED * sum(map(len, sequences)) or not can_share(model):
-        return batches(sequences, pad_id, BATCH_TOKENS)
-    return packs(sequences, ROW_TOKENS if model.device.type == "cpu" else BATCH_TOKENS, shared)
 
 
 def _chosen(batch: Batch, sequences: Sequence[Answered], positions: Positions) -> Tensor:

@@ -116,11 +116,13 @@ def _fit_to_stream(
     """
     moment_II = pull_OI = torch.zeros((), device=last.weight.device)
     watched, seen = here.watch(block, {"last": last, "block": module}), []
-    for flows, mask_BT, wanted_BTD in zip(watched, there.masks_BT, there.hidden_BTD, strict=True):
+    of_batches = zip(watched, there.masks_BT, there.counts_N, there.hidden_BTD, strict=True)
+    for flows, mask_BT, counts_N, wanted_BTD in of_batches:
         inputs_NI, outputs_NO = flows["last"].inputs_NI, flows["block"].outputs_NO
+        counted_NI = counts_N[:, None] * inputs_NI
         lack_NO = wanted_BTD[mask_BT].float() - outputs_NO
-        moment_II = moment_II + inputs_NI.T @ inputs_NI
-        pull_OI = pull_OI + lack_NO.T @ inputs_NI
+        moment_II = moment_II + inputs_NI.T @ counted_NI
+        pull_OI = pull_OI + lack_NO.T @ counted_NI
         seen.append((inputs_NI, outputs_NO))
     fitted_OI = refit(last.weight.float(), pull_OI, moment_II, ridge)
     change_OI, behind_BTD = fitted_OI - last.weight.float(), []

@@ -82,7 +82,7 @@ def fit(
     match repair.name:
         case "low_rank_patch":
             patches = low_rank.low_rank_patches(
-                student, twins, calibration(texts, pad_id), int(repair.strength)
+                student, twins, calibration(texts, pad_id, student), int(repair.strength)
             )
             return {
                 f"{name}.{factor}": tensor
@@ -92,7 +92,7 @@ def fit(
         case "reconstruct":
             healthy = models.load(teacher)
             return reconstruct.reconstruct(
-                student, healthy, twins, calibration(texts, pad_id), repair.strength
+                student, healthy, twins, calibration(texts, pad_id, student, healthy), repair.strength
             )
         case _:
             return {}

@@ -79,11 +79,12 @@ class Batch:
     """In a pack: the position of each token in its own sequence."""
     sees_BTT: Tensor | None = None
     """In a pack whose sequences share their first tokens: which tokens each may look at."""
+    shared: int = 0
+    """How many these are."""
 
     def to(self, device: torch.device) -> "Batch":
-        names = ("ids_BT", "mask_BT", "answer_BT", "targets_N", "places_BT", "sees_BTT")
-        parts = (getattr(self, name) for name in names)
-        return Batch(self.rows, *(part if part is None else part.to(device) for part in parts))
+        tensors = {name: part.to(device) for name, part in vars(self).items() if isinstance(part, Tensor)}
+        return replace(self, **tensors)
 
 
 def encode(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, most: int) -> list[Encoded]:
@@ -186,6 +187,7 @@ def pack(sequences: Sequence[Answered], rows: Sequence[int], shared: int = 0) ->
         targets_N=torch.tensor([token for item in chosen for token in item.answer_ids]),
         places_BT=torch.cat(places).unsqueeze(0),
         sees_BTT=sees([len(part) for part in places]).unsqueeze(0) if shared else None,
+        shared=shared,
     )
 
 

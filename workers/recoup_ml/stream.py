@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 
 from recoup_ml.errors import UnsupportedModel
 from recoup_ml.hidden import decoder_blocks
+from recoup_ml.layout import laid_out
 from recoup_ml.models import last_hidden
-from recoup_ml.sequences import Answered, Batch, batches
+from recoup_ml.sequences import Answered, Batch
 
 CALIBRATION_TOKENS, BATCH_TOKENS = 16_384, 2_048
 
@@ -38,8 +39,10 @@ class Stream:
     def __init__(self, model: PreTrainedModel, texts: Sequence[Batch]) -> None:
         self._blocks = decoder_blocks(model)
         self._arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = [[] for _ in self._blocks]
-        self.masks_BT = [batch.mask_BT.bool().to(model.device) for batch in texts]
+        self.masks_BT = [_tokens(batch).to(model.device) for batch in texts]
         """Of each batch: true on tokens."""
+        self.counts_N = [_counts(batch).to(model.device) for batch in texts]
+        """Of each token: in how many sequences it stands."""
         self.hidden_BTD: list[Tensor] = []
         """Of each batch: the stream at the door of the block that comes next."""
         self._record(model, texts)
@@ -89,7 +92,7 @@ class Stream:
             for batch in texts:
                 there = batch.to(model.device)
                 with _passed_over(self._blocks if plain and all(plain) else []):
-                    last_hidden(model, there.ids_BT, there.mask_BT)
+                    last_hidden(model, there.ids_BT, there.mask_BT, there.places_BT, there.sees_BTT)
 
 
 @contextmanager
@@ -118,7 +121,17 @@ def hooks(handles: Iterable[RemovableHandle]) -> Iterator[None]:
             handle.remove()
 
 
-def calibration(sequences: Sequence[Answered], pad_id: int) -> list[Batch]:
+def _tokens(batch: Batch) -> Tensor:
+    return torch.ones_like(batch.answer_BT) if batch.mask_BT is None else batch.mask_BT.bool()
+
+
+def _counts(batch: Batch) -> Tensor:
+    counts_N = torch.ones(int(_tokens(batch).sum()))
+    counts_N[: batch.shared] = len(batch.rows)
+    return counts_N
+
+
+def calibration(sequences: Sequence[Answered], pad_id: int, *readers: PreTrainedModel) -> list[Batch]:
     """The first of `sequences`, one at least, that hold no more than 16k tokens together; in batches."""
     tokens, chosen = 0, []
     for sequence in sequences:
@@ -126,7 +139,7 @@ def calibration(sequences: Sequence[Answered], pad_id: int) -> list[Batch]:
         if chosen and tokens > CALIBRATION_TOKENS:
             break
         chosen.append(sequence)
-    return list(batches(chosen, pad_id, BATCH_TOKENS))
+    return list(laid_out(chosen, pad_id, BATCH_TOKENS, *readers))
 
 
 def linear_layers(model: PreTrainedModel, block: int) -> dict[str, nn.Linear]:
