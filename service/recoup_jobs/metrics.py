@@ -69,7 +69,7 @@ TOKENS_GENERATED = Counter(
 )
 TOKENS_TRAINED = Counter(
     "recoup_tokens_trained",
-    "Answer tokens that entered a loss, repeats counted, when stage distil ends.",
+    "Tokens that entered a loss, repeats counted, when stage distil ends.",
     registry=REGISTRY,
 )
 GPU_SECONDS = Counter(

@@ -3,10 +3,10 @@
 The teacher answers training and validation prompts, or rewrites their reference answers; the
 student, as it is, answers the prompts of `keep`, so that it can be held to its own distribution
 there (a dual teacher). A student that is taught a skill learns from demonstrations; general prompts
-are among what it is to keep. With each answer the last hidden states of who gave it are kept, or, with
-`method.top_k`, of training answers what the teacher held likeliest (`tops.py`), which its servers tell
-themselves: no teacher is in memory while the student learns from them. Only as many prompts are answered
-as the plan will use.
+are among what it is to keep. With each answer the last hidden states of who gave it are kept (of its
+prompt, too, where that is learnt) or, with `method.top_k`, of training answers what the teacher held
+likeliest (`tops.py`), which its servers tell themselves: no teacher is in memory while the student learns
+from them. Only as many prompts are answered as the plan will use.
 
 No answer is made twice: those of a model in this process are kept batch by batch until the stage
 is done, those of a server in a cache that recoveries share. Servers are asked for everything before a

@@ -196,7 +196,8 @@ class PhaseReport(Output):
     steps: int
     """Optimizer steps that were taken."""
     tokens: int
-    """Answer tokens that entered the loss, repeats and `keep` counted."""
+    """Tokens of answers, and of prompts where they are learnt, that entered the loss; repeats and `keep`
+    counted."""
     seconds: float
     stopped: Stopped
     """`steps`: all planned steps were taken."""
@@ -230,7 +231,7 @@ class TrainingReport(Output):
     """Prompts of `keep`, and general ones where a skill is taught, on which the student was held to its own
     distribution before."""
     tokens: int
-    """Answer tokens that entered the loss, repeats counted."""
+    """Tokens of answers, and of prompts where they are learnt, that entered the loss; repeats counted."""
     masked_weights: int
     """Pruned weights that were held at zero."""
     initial_validation_kl: float
