@@ -98,6 +98,7 @@ class _Rule:
     why: str
     method_why: str
     prompts: bool = False
+    """Whether what the teacher holds of prompts is learnt, too."""
     whole_gap: float | None = None
     """The gap in nats that the rates are for: a smaller one gets a share of them, as near the teacher the
     gradient of a batch is mostly noise."""
