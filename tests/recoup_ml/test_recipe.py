@@ -28,7 +28,7 @@ from recoup.schemas import (
 )
 from recoup_jobs.effect import verdict as verdict_of
 from recoup_jobs.publication import weights_sha256
-from recoup_ml import answers, baselines, diagnose, evaluate, models, repair, results, tops, verdict
+from recoup_ml import answers, baselines, diagnose, evaluate, models, repair, results, stream, tops, verdict
 from recoup_ml.errors import EmptyDataset, RecoveryError
 from recoup_ml.generate import LocalEngine
 from recoup_ml.observation import observe
@@ -353,6 +353,18 @@ def test_what_a_repair_found_in_texts_is_found_once(
     mended = baselines.repaired(pruned.run, done, tried.repair, done["distil"] / baselines.FITS)
     found, teacher = answers.answered(done, "validation")
     assert compare(teacher, observe(mended, found, 0), found).mean_kl == pytest.approx(tried.validation_kl)
+
+
+def test_what_a_repair_was_fitted_to_is_left_out_where_more_is_left(
+    pruned: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = {stage: pruned.journal.place / stage for stage in ("diagnose", "generate", "distil")}
+    texts = answers.training_answers(done)
+    assert len(texts) >= 16
+    for fitted, left_out in ((5, 5), (len(texts) - 5, 0), (len(texts), 0)):
+        monkeypatch.setattr(stream, "CALIBRATION_TOKENS", sum(map(len, texts[:fitted])))
+        plan, trials = answers.read_plan(done), baselines.read(done)
+        assert baselines.start(pruned.run, done, plan, trials, done["distil"]).fitted == left_out
 
 
 def test_without_a_skill_to_keep_none_is_reported(pruned: Finished) -> None:

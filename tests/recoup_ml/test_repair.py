@@ -9,14 +9,14 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from recoup.schemas import DamageReport
-from recoup_ml import damage, layout, low_rank, models, reconstruct, repair, update
+from recoup_ml import damage, layout, low_rank, models, reconstruct, repair, stream, update
 from recoup_ml.errors import UnsupportedModel
 from recoup_ml.observation import observe
 from recoup_ml.reconstruct import refit
 from recoup_ml.repair import Repair
 from recoup_ml.scores import compare
 from recoup_ml.sequences import Answered
-from recoup_ml.stream import Stream, calibration
+from recoup_ml.stream import Stream, calibrated, calibration
 from recoup_ml.weights import block_of
 
 Student = Callable[[str], Path]
@@ -260,16 +260,16 @@ def test_a_stream_is_the_model_block_by_block(healthy: PreTrainedModel, answered
 
 
 @pytest.mark.parametrize("name", ["rounded", "wanda", "narrow"])
-def test_what_all_texts_begin_with_counts_as_often_as_it_stands_there(
+def test_what_all_texts_begin_with_counts_once(
     name: str,
     teacher: Path,
     student: Student,
     answered: list[Answered],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A fit on rows where it is passed once is that on whole sequences."""
+    """A fit on a row where it stands once is that on whole sequences."""
     system = (11, 12, 13, 14, 15, 16, 17, 18)
-    texts = [replace(item, prompt_ids=system + item.prompt_ids) for item in answered[:24]]
+    texts = [replace(item, prompt_ids=system + item.prompt_ids) for item in answered[:12]]
     found = damage.inspect(student(name), teacher)
     chosen = Repair("low_rank_patch" if name == "rounded" else "reconstruct", 1.0)
     assert all(batch.shared >= 8 for batch in calibration(texts, 0, models.load(teacher)))
@@ -279,6 +279,16 @@ def test_what_all_texts_begin_with_counts_as_often_as_it_stands_there(
     assert once.keys() == apart.keys()
     for key, tensor in apart.items():
         torch.testing.assert_close(once[key], tensor, rtol=1e-2, atol=1e-3)
+
+
+def test_a_fit_sees_the_first_texts_that_have_room(
+    answered: list[Answered], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = sum(map(len, answered[:5]))
+    for tokens, count in ((room, 5), (room - 1, 4), (0, 1)):
+        monkeypatch.setattr(stream, "CALIBRATION_TOKENS", tokens)
+        assert calibrated(answered) == count
+        assert sum(len(batch.rows) for batch in calibration(answered, 0)) == count
 
 
 def test_a_family_without_linear_layers_is_refused(teacher: Path, answered: list[Answered]) -> None:

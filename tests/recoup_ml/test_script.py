@@ -21,7 +21,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from recoup.schemas import ChatRow, Checkpoint, CreateRecovery, PhaseReport, Prompt, Report, TrainingReport
-from recoup_ml import baselines
+from recoup_ml import baselines, stream
 from recoup_ml.plan import DATA, Plan, make_plan
 from recoup_ml.recipe import recover
 from recoup_ml.run import Run
@@ -61,7 +61,9 @@ def planned(request: CreateRecovery, masked: bool) -> Plan:
     return make_plan(request, damage, 100)
 
 
-def trained(plan: Plan, mode: str, keep: int = 0, started_from: str = "student", **changes: object) -> Report:
+def trained(
+    plan: Plan, mode: str, keep: int = 0, started_from: str = "student", fitted: int = 0, **changes: object
+) -> Report:
     """The report of a training that went as planned."""
     phases = [
         PhaseReport(
@@ -81,6 +83,7 @@ def trained(plan: Plan, mode: str, keep: int = 0, started_from: str = "student",
         method=plan.method,
         mode=mode,
         started_from=started_from,
+        fitted_answers=fitted,
         steps=plan.steps,
         batch_size=plan.batch_size,
         phases=phases,
@@ -312,7 +315,9 @@ def repeated(
     run = make_run(damage, keep=keep, evaluation=evaluation, **fields)
     run = replace(run, teach=SKILL if run.teaches else ())
     journal = open_journal(tmp_path_factory.mktemp("repeated"))
-    recover(run, journal)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream, "CALIBRATION_TOKENS", 600)
+        recover(run, journal)
     losses = repeat(run, journal.place)
     report = Report.model_validate_json(journal.published["report.json"].read_text())
     return Repeated(run, journal.place, report, losses, journal.place / "output")
@@ -389,6 +394,9 @@ def plain_kl(repeated: Repeated, student: PreTrainedModel | PeftModel) -> float:
 def test_the_script_goes_on_from_what_a_repair_left(repeated: Repeated) -> None:
     training = repeated.report.training
     assert training.started_from != "student"
+    written = constants((repeated.place / "artifacts" / "recipe.py").read_text("utf-8"))
+    assert written.get("FITTED", 0) == training.fitted_answers
+    assert bool(training.fitted_answers) == (training.started_from == "block-wise reconstruction")
     assert repeated.losses[0] == pytest.approx(training.curve[0].loss, rel=1e-4)
 
 

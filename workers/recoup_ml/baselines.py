@@ -24,6 +24,7 @@ from recoup_ml.plan import DATA, Plan
 from recoup_ml.repair import Fit, Repair
 from recoup_ml.run import Counter, Done, Journal, Run
 from recoup_ml.scores import compare
+from recoup_ml.stream import calibrated
 
 FILE, FITS = "repairs.json", "fits"
 
@@ -71,6 +72,11 @@ class Start:
     peft: PeftModel | None
     """An adapter inside the model that training goes on with."""
     name: str
+    fitted: int = 0
+    """To how many of the teacher's first answers it was fitted, so closely that training leaves them out.
+
+    0 where too few others would be left.
+    """
 
 
 def try_all(run: Run, journal: Journal, done: Done, folder: Path) -> Trials:
@@ -143,8 +149,15 @@ def start(run: Run, done: Done, plan: Plan, trials: Trials, folder: Path) -> Sta
         fitting = replace(chosen, strength=plan.trainable.rank)
         return Start(model, _as_adapter(run, done, fitting, model, folder / FITS), fitting.label)
     if chosen and plan.trainable.saves_model:
-        return Start(repaired(run, done, chosen, folder / FITS), None, chosen.label)
+        model = repaired(run, done, chosen, folder / FITS)
+        return Start(model, None, chosen.label, _fitted(done) if chosen.name == "reconstruct" else 0)
     return Start(models.load(run.student), None, "student")
+
+
+def _fitted(done: Done) -> int:
+    texts = answers.training_answers(done)
+    fitted = calibrated(texts)
+    return fitted if len(texts) - fitted > fitted else 0
 
 
 def shown(done: Done) -> list[TriedRepair]:

@@ -120,11 +120,13 @@ def train(brief: Brief, audience: Audience, team: Team = ALONE) -> None:
     training.take_up()
     for phase in training.left():
         with ExitStack() as ends:
-            training.run(phase, _course(done, phase.data, room, ends))
+            training.run(phase, _course(done, phase.data, room, start.fitted, ends))
     if not team.leads:
         return
     audience.progress(plan.steps, plan.steps, "steps")
-    report = training.report(start.name, len(keep.answers) if keep else 0, answers.rewrite_counts(done))
+    report = training.report(
+        start.name, start.fitted, len(keep.answers) if keep else 0, answers.rewrite_counts(done)
+    )
     (folder / "training.json").write_text(report.model_dump_json())
     audience.metric(name="tokens", trained=report.tokens)
     if (unfinished / BEST).exists():
@@ -162,10 +164,11 @@ def _regulariser(run: Run, damage: DamageReport) -> Regulariser | None:
     return Regulariser(models.load(run.teacher), layer_map, spec.weight, spec.hidden_weight)
 
 
-def _course(done: Done, data: Data, room: Room, ends: ExitStack) -> Course:
+def _course(done: Done, data: Data, room: Room, fitted: int, ends: ExitStack) -> Course:
     run, plan = room.run, room.plan
     if data == "teacher":
-        return FixedCourse(answers.taught(done, plan), plan.batch_size, run.request.seed)
+        lesson = answers.taught(done, plan)
+        return FixedCourse(lesson.rows(range(fitted, len(lesson.answers))), plan.batch_size, run.request.seed)
     if data == "student":
         asked = encode(diagnose.split_prompts(run).train, room.tokenizer, run.prompt_tokens)
         return rollouts(room, asked, {}, ends)

@@ -116,7 +116,7 @@ def weight_of(layer: nn.Linear) -> Tensor:
 
 
 def second_moments(stream: Stream, block: int, layers: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
-    """Σ x xᵀ over the tokens of all sequences, [I, I] float32, of each layer that the text flows through."""
+    """Σ x xᵀ over all tokens as they count, [I, I] float32, of each layer that the text flows through."""
     moments: dict[str, Tensor] = {}
     for flows, counts_N in zip(stream.watch(block, layers), stream.counts_N, strict=True):
         for name, flow in flows.items():

@@ -54,7 +54,7 @@ def candidates(kind: str) -> list[Repair]:
         case "quantization":
             return [Repair("low_rank_patch", 16)]
         case "pruning":
-            return [Repair("reconstruct", 1.0)]
+            return [Repair("reconstruct", 0.5)]
         case _:
             return [
                 *(Repair("interpolate", share) for share in (0.25, 0.5, 0.75)),

@@ -43,6 +43,7 @@ LESSONS: Final[dict[Data, str]] = {
 }
 AVERAGED: Final = "This teacher is the moving average of the student's own weights."
 WHOLE: Final = "Of these it learns the prompts, too, but for the tokens with which all begin."
+OTHERS: Final = "The first of them, to which the repair was fitted, are left out."
 KEEPS: Final = "On the prompts of `keep.jsonl` it holds on to the distribution that it had before."
 ENDS: Final = "Recoup kept the checkpoint that was best on validation prompts: there this ends."
 DIVERGED: Final = "In Recoup this training diverged, and no checkpoint was kept."
@@ -85,6 +86,7 @@ def recipe_script(report: Report, plan: Plan, request: CreateRecovery, patched: 
         by_teacher=any(phase.data in {"teacher", "student", "demonstrated"} for phase in phases),
         averaged=plan.ema_rate is not None,
         shown=any(phase.data == "demonstrated" for phase in phases),
+        fitted=training.fitted_answers,
         keep=training.keep_answers > 0,
         merges=plan.output == "merged" and not report.forms,
         **_rollouts(phases, request),
@@ -149,6 +151,7 @@ def _besides(plan: Plan, request: CreateRecovery, training: TrainingReport) -> l
     averaged, pulled = plan.ema_rate is not None, regulariser.wanted(request.alignment)
     return (
         [WHOLE] * plan.prompts
+        + [OTHERS] * (training.fitted_answers > 0)
         + [AVERAGED] * averaged
         + [KEEPS] * (training.keep_answers > 0)
         + [PULLED] * pulled

@@ -10,6 +10,7 @@ recorded when the stream is made.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate, takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -42,7 +43,8 @@ class Stream:
         self.masks_BT = [_tokens(batch).to(model.device) for batch in texts]
         """Of each batch: true on tokens."""
         self.counts_N = [_counts(batch).to(model.device) for batch in texts]
-        """Of each token: in how many sequences it stands."""
+        """Of each token: how much it counts. What all sequences of a batch begin with counts once:
+        as often as it stands there, the same few tokens would outweigh all others."""
         self.hidden_BTD: list[Tensor] = []
         """Of each batch: the stream at the door of the block that comes next."""
         self._record(model, texts)
@@ -126,20 +128,22 @@ def _tokens(batch: Batch) -> Tensor:
 
 
 def _counts(batch: Batch) -> Tensor:
-    counts_N = torch.ones(int(_tokens(batch).sum()))
-    counts_N[: batch.shared] = len(batch.rows)
-    return counts_N
+    counts_BT = torch.ones(batch.ids_BT.shape)
+    if batch.mask_BT is not None:  # in a pack what is shared stands once
+        alike_T = (batch.ids_BT == batch.ids_BT[:1]).all(0).cumprod(0).bool()
+        counts_BT[:, alike_T] = 1 / len(batch.rows)
+    return counts_BT[_tokens(batch)]
 
 
 def calibration(sequences: Sequence[Answered], pad_id: int, *readers: PreTrainedModel) -> list[Batch]:
     """The first of `sequences`, one at least, that hold no more than 16k tokens together; in batches."""
-    tokens, chosen = 0, []
-    for sequence in sequences:
-        tokens += len(sequence)
-        if chosen and tokens > CALIBRATION_TOKENS:
-            break
-        chosen.append(sequence)
-    return list(laid_out(chosen, pad_id, BATCH_TOKENS, *readers))
+    return list(laid_out(sequences[: calibrated(sequences)], pad_id, BATCH_TOKENS, *readers))
+
+
+def calibrated(sequences: Sequence[Answered]) -> int:
+    """How many of the first of `sequences` that are."""
+    totals = accumulate(map(len, sequences))
+    return max(1, sum(1 for _ in takewhile(lambda total: total <= CALIBRATION_TOKENS, totals)))
 
 
 def linear_layers(model: PreTrainedModel, block: int) -> dict[str, nn.Linear]:

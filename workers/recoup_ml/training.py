@@ -206,11 +206,14 @@ class Training:
             )
         )
 
-    def report(self, started_from: str, keep_answers: int, rewrites: RewriteCounts | None) -> TrainingReport:
+    def report(
+        self, started_from: str, fitted_answers: int, keep_answers: int, rewrites: RewriteCounts | None
+    ) -> TrainingReport:
         return TrainingReport(
             method=self.plan.method,
             mode=self.trainee.kind,
             started_from=started_from,
+            fitted_answers=fitted_answers,
             steps=len(self._curve),
             batch_size=self.plan.batch_size,
             phases=self._phases,

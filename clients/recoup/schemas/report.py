@@ -222,6 +222,8 @@ class TrainingReport(Output):
     """`lora`, `masked lora`, `dora`, `full`, `masked full` or `norms`."""
     started_from: str
     """`student`, or the training-free repair that came nearer to the teacher on validation."""
+    fitted_answers: int
+    """So many of the teacher's first answers that repair was fitted to; training learnt from the others."""
     steps: int
     """Optimizer steps that were taken."""
     batch_size: int
