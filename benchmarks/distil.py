@@ -115,15 +115,12 @@ def train_recoup(contender: str, home: Path, kind: str, vocabulary: int | None) 
     if contender == "beside":
         lesson = Lesson(given, given)
 
-        class Beside:
-            def __init__(self) -> None:
-                self._rows = FixedCourse(lesson, BATCH, 0)
-
+        class Beside(FixedCourse):
             def next(self) -> Lesson:
-                chosen = self._rows.next().answers
+                chosen = super().next().answers
                 return distributions(chosen, observe(teacher, chosen, 0), None, 1.0)
 
-        course: Any = Beside()
+        course = Beside(lesson, BATCH, 0)
     else:
         course = FixedCourse(distributions(given, observe(teacher, given, 0), top_k, 1.0), BATCH, 0)
         del teacher

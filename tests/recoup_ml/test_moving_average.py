@@ -221,7 +221,7 @@ def losses_in(room: Room, questions: list[Encoded], folder: Path) -> list[float]
     )
     with ExitStack() as ends:
         work.run(room.plan.phases[0], rollouts(room, questions, shown(questions), ends))
-    return [point.loss for point in work.report("student", 0, None).curve]
+    return [point.loss for point in work.report("student", 0, 0, None).curve]
 
 
 @pytest.mark.parametrize("top_k", [None, 8])

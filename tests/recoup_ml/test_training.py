@@ -112,7 +112,7 @@ def trained(exam: Lesson, tmp_path: Path) -> Callable[..., Trained]:
             work.keep(course)
         for phase in plan.phases:
             work.run(phase, first)
-        return Trained(work.report("student", 0, None), best, told)
+        return Trained(work.report("student", 0, 0, None), best, told)
 
     return run
 
