@@ -365,6 +365,10 @@ def test_what_a_repair_was_fitted_to_is_left_out_where_more_is_left(
         monkeypatch.setattr(stream, "CALIBRATION_TOKENS", sum(map(len, texts[:fitted])))
         plan, trials = answers.read_plan(done), baselines.read(done)
         assert baselines.start(pruned.run, done, plan, trials, done["distil"]).fitted == left_out
+    monkeypatch.setattr(stream, "CALIBRATION_TOKENS", sum(map(len, texts[:5])))
+    phases = (replace(plan.phases[0], data="references"),)
+    other = baselines.start(pruned.run, done, replace(plan, phases=phases), trials, done["distil"])
+    assert (other.name, other.fitted) == ("block-wise reconstruction", 0)
 
 
 def test_without_a_skill_to_keep_none_is_reported(pruned: Finished) -> None:

@@ -129,7 +129,8 @@ def ruff(*arguments: object) -> str:
 def test_every_script_is_tidy_python(mode: str, tmp_path: Path) -> None:
     variants = product(DATA, OBJECTIVES, (0, 8), ("student", "a repair"))
     for number, (method, objective, keep, started) in enumerate(variants):
-        text = script(method, mode, objective, patched=mode == "lora", keep=keep, started_from=started)
+        origin = {"started_from": started, "fitted": 5 * (started != "student" and method == "off_policy")}
+        text = script(method, mode, objective, patched=mode == "lora", keep=keep, **origin)
         compile(text, "recipe.py", "exec")
         (tmp_path / f"{number}.py").write_text(text, "utf-8")
     assert ruff("check", "--select=E,F,I,B,UP,SIM,RET,ARG", tmp_path) == ""

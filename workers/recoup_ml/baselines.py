@@ -75,7 +75,7 @@ class Start:
     fitted: int = 0
     """To how many of the teacher's first answers it was fitted, so closely that training leaves them out.
 
-    0 where too few others would be left.
+    0 where too few others would be left, or something else is learnt.
     """
 
 
@@ -150,7 +150,8 @@ def start(run: Run, done: Done, plan: Plan, trials: Trials, folder: Path) -> Sta
         return Start(model, _as_adapter(run, done, fitting, model, folder / FITS), fitting.label)
     if chosen and plan.trainable.saves_model:
         model = repaired(run, done, chosen, folder / FITS)
-        return Start(model, None, chosen.label, _fitted(done) if chosen.name == "reconstruct" else 0)
+        learnt = chosen.name == "reconstruct" and plan.answers("teacher")
+        return Start(model, None, chosen.label, _fitted(done) if learnt else 0)
     return Start(models.load(run.student), None, "student")
 
 
