@@ -31,8 +31,10 @@ SAMPLES, KEPT, WINDOWS, WINDOW_TOKENS, CALIBRATION, TRIALS = 16, 128, 32, 128, 6
 """As in `probe.py`, `answers.py` and `baselines.py`; the last is how many repairs are tried, about."""
 FIT_TOKENS = 16_384
 """As in `stream.py`: of answers, that a repair is fitted to."""
+FREE_TOKENS = 32 * 256
+"""As in `repair.py`: of texts that the teacher writes for a pruned student's repair, beside those."""
 FITTING_PASSES = {"quantization": 2, "pruning": 3}
-"""Of these answers through a model, about, by the damage whose repair is fitted."""
+"""Of these answers and texts through a model, about, by the damage whose repair is fitted."""
 VALIDATIONS, TEST_SHARE, VALIDATION_SHARE = 8, 0.20, 0.12
 LEAST_TESTED, MOST_TESTED_SHARE = 20, 1 / 3
 """As in `training.py` and `splits.py`."""
@@ -263,6 +265,8 @@ def _work(request: CreateRecovery, plan: Planned, amounts: Amounts) -> dict[Stag
     sequences = steps * plan.batch_size * (2 if amounts.keep_rows or rehearsed else 1)
     shown = amounts.tested_rows(wanted.test_sequences)
     rolled = (_answers(plan, "student") + _answers(plan, "demonstrated")) * limit
+    passes = _fitting_passes(request, plan)
+    free = FREE_TOKENS if passes and plan.damage == "pruning" else 0
     written = request.prompts
     composed: dict[Stage, Work] = (
         {"compose": Work(written.compose * written.max_tokens)}
@@ -278,9 +282,8 @@ def _work(request: CreateRecovery, plan: Planned, amounts: Amounts) -> dict[Stag
             (taught + validation + rehearsed) * length,
         ),
         "distil": Work(
-            rolled,
-            (VALIDATIONS + TRIALS) * validation * length
-            + _fitting_passes(request, plan) * min(FIT_TOKENS, taught * length),
+            rolled + free,
+            (VALIDATIONS + TRIALS) * validation * length + passes * (min(FIT_TOKENS, taught * length) + free),
             sequences * length,
         ),
         "evaluate": Work(2 * probed + shown * limit, (2 * test + shown) * length + 2 * reading),

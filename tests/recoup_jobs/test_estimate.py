@@ -163,14 +163,17 @@ def test_a_moving_average_takes_four_bytes_a_trained_parameter_and_no_second_mod
     assert ema.memory_bytes - frozen.memory_bytes == 4 * SMALL.parameters - SMALL.loaded_bytes(CPU)
 
 
-@pytest.mark.parametrize(("damage", "passes"), [("finetuning", 0), ("quantization", 2), ("pruning", 3)])
-def test_repairs_read_what_they_are_fitted_to(need, damage, passes):
+@pytest.mark.parametrize(
+    ("damage", "passes", "free"), [("finetuning", 0, 0), ("quantization", 2, 0), ("pruning", 3, 8_192)]
+)
+def test_repairs_read_what_they_are_fitted_to(need, damage, passes, free):
     plain, fitting = need().work["distil"], need(Plan(damage=damage)).work["distil"]
-    assert fitting.read - plain.read == passes * 16_384
+    assert fitting.read - plain.read == passes * (16_384 + free)
+    assert fitting.generated - plain.generated == free
     none = EvaluationSpec(baselines=False)
     assert need(Plan(damage=damage), evaluation=none).work == need(evaluation=none).work
     starting = need(Plan(damage=damage, start="repair"), evaluation=none).work["distil"]
-    assert starting.read - need(evaluation=none).work["distil"].read == passes * 16_384
+    assert starting.read - need(evaluation=none).work["distil"].read == passes * (16_384 + free)
 
 
 def test_the_fitted_weights_of_a_pruned_student_lie_on_the_disk(need):

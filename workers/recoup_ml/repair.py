@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from recoup.schemas import DamageReport
 from recoup_ml import low_rank, models, reconstruct, update
+from recoup_ml.free_text import free_texts
 from recoup_ml.low_rank import Patch
 from recoup_ml.sequences import Answered
 from recoup_ml.stream import calibration
@@ -27,6 +28,8 @@ Fit = dict[str, Tensor]
 """What was found on texts, by names in the model."""
 FITTED: frozenset[Name] = frozenset({"low_rank_patch", "reconstruct"})
 """The repairs that look at texts, which takes its time."""
+FREE_TEXTS, FREE_TOKENS = 32, 255
+"""Of the teacher's own, beside its answers, for a reconstruction: answers alone make it worse at all else."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +94,9 @@ def fit(
             }
         case "reconstruct":
             healthy = models.load(teacher)
-            return reconstruct.reconstruct(
-                student, healthy, twins, calibration(texts, pad_id, student, healthy), repair.strength
-            )
+            free = free_texts(healthy, models.load_tokenizer(teacher), FREE_TEXTS, FREE_TOKENS)
+            seen = [batch for part in (texts, free) for batch in calibration(part, pad_id, student, healthy)]
+            return reconstruct.reconstruct(student, healthy, twins, seen, repair.strength)
         case _:
             return {}
 
