@@ -71,7 +71,7 @@ def teach(way: str, seed: int, steps: int, home: Path) -> dict[str, Any]:
         held_out=tickets[TICKETS:],
     )
     began = time.monotonic()
-    journal = FolderJournal(home / "prevention" / run.job_id, home / "prevention" / f"shared-{seed}")
+    journal = FolderJournal(home / "prevention" / run.job_id, home / "prevention" / f"shared-{seed}", {})
     recover(run, journal)
     report = json.loads((journal.place / "artifacts" / "report.json").read_text())
     return row(way, seed, report, (time.monotonic() - began) / 60)

@@ -27,6 +27,7 @@ def _table(rows: Sequence[Row]) -> str:
     names = (
         *(
             "method",
+            "on",
             "seeds",
             "recovered [95 %]",
             "KL",
@@ -39,24 +40,34 @@ def _table(rows: Sequence[Row]) -> str:
         *("CKA last", "CKA mean", "tokens", "CPU min", "GiB"),
     )
     lines = [_line(names), "|" + "---|" * len(names)]
-    before = rows[0]["measures"]
-    lines.append(_line(["*before*", "", "", *_values(before, 1), *_cka(rows[:1], 0), "", "", ""]))
-    methods = dict.fromkeys(row["method"] for row in rows)
-    for method in sorted(methods, key=_place):
-        lines.append(_method(method, [row for row in rows if row["method"] == method]))
-    lines += [_repair(row) for row in rows if row["baseline"]]
+    for device in dict.fromkeys(map(_device, rows)):
+        mine = [row for row in rows if _device(row) == device]
+        before = mine[0]["measures"]
+        lines.append(_line(["*before*", device, "", "", *_values(before, 1), *_cka(mine[:1], 0), "", "", ""]))
+        for method in sorted({row["method"] for row in mine}, key=_place):
+            lines.append(_method(method, device, [row for row in mine if row["method"] == method]))
+        autos = [row for row in mine if row["method"] == "auto" and row["baseline"]]
+        for label in dict.fromkeys(row["baseline"]["label"] for row in autos):
+            lines.append(_repair(label, device, [r for r in autos if r["baseline"]["label"] == label]))
     return "\n".join([*lines, *_leads(rows)])
+
+
+def _device(row: Row) -> str:
+    """Rows of before it was asked are of CPUs."""
+    return str(row.get("device", "cpu")).removeprefix("NVIDIA ")
 
 
 def _leads(rows: Sequence[Row]) -> list[str]:
     """How far `auto` is ahead of each other method, of the same seed and on the same test sequences."""
-    autos = {row["seed"]: row for row in rows if row["method"] == "auto" and row.get("sequences")}
+    autos = [row for row in rows if row["method"] == "auto" and row.get("sequences")]
+    others = [row for row in rows if row["method"] != "auto" and row.get("sequences")]
     found = [
-        f"{row['method']} {value.value:+.3f} [{value.low:+.3f}, {value.high:+.3f}]"
-        + (f" (seed {row['seed']})" if row["seed"] else "")
-        for row in rows
-        if row["method"] != "auto" and row.get("sequences") and row["seed"] in autos
-        for value in [lead(autos[row["seed"]], row)]
+        f"{other['method']} {value.value:+.3f} [{value.low:+.3f}, {value.high:+.3f}]"
+        + (f" (seed {other['seed']})" if other["seed"] else "")
+        for other in others
+        for auto in autos
+        if (auto["seed"], _device(auto)) == (other["seed"], _device(other))
+        for value in [lead(auto, other)]
         if value
     ]
     return ["", f"`auto` is ahead, paired over test sequences, of: {'; '.join(found)}."] if found else []
@@ -78,29 +89,37 @@ def lead(ours: Row, theirs: Row) -> Any:
     return verdict.lead(*sums, seed=0)
 
 
-def _repair(row: Row) -> str:
-    """The best training-free repair of one run, and how far training is ahead of it."""
-    found, share, lead = row["baseline"], row["baseline"]["recovered"], row["baseline"]["lead"]
+def _repair(label: str, device: str, rows: Sequence[Row]) -> str:
+    """The best training-free repair of some runs, and how far training is ahead of it."""
+    found = [row["baseline"] for row in rows]
     keys = ("kl", "agreement", None, "bits_per_character", None, "keep")
-    values = [f"{found[key]:.3f}" if key and found[key] is not None else "–" for key in keys]
-    interval = f"{share['value']:.3f} [{share['low']:.3f}, {share['high']:.3f}]" if share else "–"
-    ahead = f"; behind by {lead['value']:.3f} [{lead['low']:.3f}, {lead['high']:.3f}]" if lead else ""
-    name = f"*{found['label']}, seed {row['seed']}{ahead}*"
-    return _line([name, "1", interval, *values, "–", "–", "0", "", ""])
+    values = [
+        f"{fmean(item[key] for item in found):.3f}"
+        if key and all(item[key] is not None for item in found)
+        else "–"
+        for key in keys
+    ]
+    leads = [item["lead"] for item in found if item["lead"]]
+    ahead = f"; behind by {_spread(leads)}" if leads else ""
+    shares = [item["recovered"] for item in found if item["recovered"]]
+    name = f"*{label}{ahead}*"
+    return _line([name, device, str(len(rows)), _spread(shares), *values, "–", "–", "0", "", ""])
+
+
+def _spread(estimates: Sequence[Row]) -> str:
+    """Their mean, and the widest that their intervals reach."""
+    if not estimates:
+        return "–"
+    low, high = min(item["low"] for item in estimates), max(item["high"] for item in estimates)
+    return f"{fmean(item['value'] for item in estimates):.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _place(method: str) -> tuple[int, str]:
     return ORDER.index(method) if method in ORDER else len(ORDER), method
 
 
-def _method(method: str, rows: Sequence[Row]) -> str:
-    recovered = [row["recovered"] for row in rows if row["recovered"]]
-    share = (
-        f"{fmean(item['value'] for item in recovered):.3f} "
-        f"[{min(item['low'] for item in recovered):.3f}, {max(item['high'] for item in recovered):.3f}]"
-        if recovered
-        else "–"
-    )
+def _method(method: str, device: str, rows: Sequence[Row]) -> str:
+    share = _spread([row["recovered"] for row in rows if row["recovered"]])
     mean = {
         key: [fmean(_number(row["measures"][key][at]) for row in rows) for at in range(3)]
         for key in rows[0]["measures"]
@@ -110,7 +129,7 @@ def _method(method: str, rows: Sequence[Row]) -> str:
         f"{fmean(row['cpu_minutes'] for row in rows):.1f}",
         f"{max(row['peak_gib'] for row in rows):.1f}",
     ]
-    return _line([method, str(len(rows)), share, *_values(mean, 2), *_cka(rows, 1), *cost])
+    return _line([method, device, str(len(rows)), share, *_values(mean, 2), *_cka(rows, 1), *cost])
 
 
 def _values(measures: dict[str, Sequence[float]], at: int) -> list[str]:

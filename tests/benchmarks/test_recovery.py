@@ -41,6 +41,22 @@ def test_a_report_becomes_a_row_and_rows_a_table() -> None:
     assert "0.860 [0.823, 0.893]" in found
 
 
+def test_rows_of_one_device_are_averaged_and_those_of_two_stand_apart() -> None:
+    import recovery
+    from recovery_table import tables
+
+    reports = json.loads((FOLDER.parent / "tests/recoup_ml/sample_report.json").read_text())
+    here = recovery.row("final", "finetuned", "auto", 0, reports["recovered"], 60.0)
+    there = json.loads(json.dumps(here)) | {"device": "NVIDIA H200", "seed": 1}
+    there["recovered"] |= {"value": 0.9, "high": 0.95}
+    lines = tables([json.loads(json.dumps(here)), there, there | {"device": "NVIDIA H200"}]).splitlines()
+    found = [line for line in lines if line.startswith("| auto ")]
+    assert [line.split(" | ")[1:4] for line in found] == [
+        ["cpu", "1", "0.860 [0.823, 0.893]"],
+        ["H200", "2", "0.900 [0.823, 0.950]"],
+    ]
+
+
 def test_two_runs_are_paired_over_their_test_sequences() -> None:
     from recovery_table import lead
 
