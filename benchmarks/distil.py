@@ -2,6 +2,7 @@
 
     python benchmarks/distil.py speed     useful tokens a second, long and short answers mixed, and equal ones
     python benchmarks/distil.py memory    above the weights, at two sizes of the vocabulary
+    python benchmarks/distil.py rollouts  on the student's own answers: DistillationTrainer and `on_policy`
     python benchmarks/distil.py agree     loss and gradients of one batch, Recoup's and TRL's
     python benchmarks/distil.py answers   makes benchmarks/answers.jsonl anew
 
@@ -13,6 +14,9 @@ teacher of random weights, with a tokenizer learnt from the answers, where there
 Useful tokens are those of the answers: prompts and padding are work, not progress. The limit is
 what the machine's matrix products would take for the student's and the heads' alone, at the speed
 they reach in the same run.
+
+With rollouts the student itself answers the same prompts, at most 64 tokens at temperature 1, before it
+learns: TRL eight of them before each step, Recoup those of one step or, its default, of four at once.
 """
 
 import argparse
@@ -32,6 +36,9 @@ from measuring import memory, on_gpu, settle
 
 ANSWERS = Path(__file__).with_name("answers.jsonl")
 CONTENDERS = ("trl", "beside", "cached", "top64")
+ROLLED: dict[str, int | None] = {"trl_rollouts": None, "rollouts_1": 1, "rollouts_4": 4}
+"""On the student's own answers, and for how many steps at once it gives them."""
+ROLLED_TOKENS = 64
 BATCH, RANK, RATE = 8, 16, 5e-4
 EQUAL_TOKENS, EQUAL_ROWS = 128, 48
 VOCABULARIES = 49_152, 151_936
@@ -99,15 +106,9 @@ def adapter() -> Any:
 
 
 def train_recoup(contender: str, home: Path, kind: str, vocabulary: int | None) -> Measured:
-    import math
-
     from recoup_ml import models
-    from recoup_ml.divergence import Divergence
     from recoup_ml.lessons import FixedCourse, Lesson, distributions
     from recoup_ml.observation import observe
-    from recoup_ml.plan import Phase, Plan, Trainable
-    from recoup_ml.trainable import prepare
-    from recoup_ml.training import Training, Watchers
 
     given = answered(home, kind)
     teacher = load(home, vocabulary)
@@ -125,12 +126,30 @@ def train_recoup(contender: str, home: Path, kind: str, vocabulary: int | None) 
         course = FixedCourse(distributions(given, observe(teacher, given, 0), top_k, 1.0), BATCH, 0)
         del teacher
     models.release()
-    steps = len(given) // BATCH
+    training = trainer(load(home, vocabulary), "teacher", len(given) // BATCH, top_k)
+    with memory(gpu=on_gpu()) as used:
+        began = time.perf_counter()
+        training.run(training.plan.phases[0], course)
+        settle()
+        seconds = time.perf_counter() - began
+    tokens, student = sum(len(item.answer_ids) for item in given), training.trainee.model
+    return Measured(tokens, seconds, used[0], max(used), work(student, given, beside=contender == "beside"))
+
+
+def trainer(student: Any, data: Any, steps: int, top_k: int | None) -> Any:
+    """A `Training` of the student that validates nothing."""
+    import math
+
+    from recoup_ml.divergence import Divergence
+    from recoup_ml.plan import Phase, Plan, Trainable
+    from recoup_ml.trainable import prepare
+    from recoup_ml.training import Training, Watchers
+
     trainable = Trainable("lora", False, RANK, 2 * RANK, "all-linear", False)
     plan = Plan(
         damage="finetuning",
-        method="off_policy",
-        phases=(Phase("teacher", steps, RATE),),
+        method="on_policy" if data == "student" else "off_policy",
+        phases=(Phase(data, steps, RATE),),
         divergence=Divergence("forward_kl", 0.5, 1.0),
         top_k=top_k,
         trainable=trainable,
@@ -139,17 +158,105 @@ def train_recoup(contender: str, home: Path, kind: str, vocabulary: int | None) 
         output="adapter",
         choices=(),
     )
-    student = load(home, vocabulary)
     trainee = prepare(student, trainable, [0.0] * student.config.num_hidden_layers, 0, None)
     watchers = Watchers(lambda _model: math.nan, 0.0, lambda _point: None)
-    training = Training(trainee, plan, 0, watchers, 1.0, False, Path("unused"))
-    with memory(gpu=on_gpu()) as used:
+    return Training(trainee, plan, 0, watchers, 1.0, False, Path("unused"))
+
+
+def train_on_rollouts(home: Path, refresh: int) -> Measured:
+    from contextlib import ExitStack
+
+    from recoup.schemas import CreateRecovery
+    from recoup_ml import models
+    from recoup_ml.rollouts import Room, rollouts
+    from recoup_ml.run import Run
+    from recoup_ml.sequences import encode
+    from recoup_ml.team import ALONE
+
+    teacher = home / "teacher"
+    asked = {"max_new_tokens": ROLLED_TOKENS, "refresh_steps": refresh}
+    body = {
+        "student": {"source": "teacher"},
+        "teacher": {"source": "teacher"},
+        "method": {"type": "on_policy", "rollouts": asked},
+    }
+    run = Run(
+        job_id="distil",
+        student=teacher,
+        teacher=teacher,
+        request=CreateRecovery.model_validate(body),
+        prompts=questions(),
+        keep=[],
+        tasks=[],
+        natural_text=[],
+        vllm_urls=(),
+    )
+    training = trainer(models.load(teacher), "student", len(run.prompts) // BATCH, None)
+    room = Room(run, training.plan, training.trainee, tokenizer(home), Path("unused"), ALONE)
+    with ExitStack() as ends, memory(gpu=on_gpu()) as used:
+        course = rollouts(room, encode(run.prompts, room.tokenizer, 1024), {}, ends)
         began = time.perf_counter()
-        training.run(plan.phases[0], course)
+        training.run(training.plan.phases[0], course)
         settle()
         seconds = time.perf_counter() - began
-    tokens = sum(len(item.answer_ids) for item in given)
-    return Measured(tokens, seconds, used[0], max(used), work(student, given, beside=contender == "beside"))
+    return Measured(training.report("student", 0, 0, None).tokens, seconds, used[0], max(used), 0.0)
+
+
+def train_trl_on_rollouts(home: Path) -> Measured:
+    from datasets import Dataset
+    from trl import DistillationConfig, DistillationTrainer
+
+    from recoup_ml import models
+
+    class Counting(DistillationTrainer):  # type: ignore[misc]
+        useful = 0
+
+        def _compute_loss(self, student: Any, inputs: dict[str, Any], count: Any) -> Any:
+            self.useful += int(inputs["completion_mask"].sum())
+            return super()._compute_loss(student, inputs, count)
+
+    asked = questions()
+    conversations = [{"prompt": [{"role": "user", "content": item.messages[0].content}]} for item in asked]
+    student, teacher = models.load(home / "teacher"), models.load(home / "teacher")
+    trainer = Counting(
+        model=student,
+        teacher_model=teacher,
+        args=DistillationConfig(
+            output_dir="unused",
+            max_steps=len(asked) // BATCH,
+            per_device_train_batch_size=BATCH,
+            learning_rate=RATE,
+            beta=0.0,
+            temperature=1.0,
+            max_completion_length=ROLLED_TOKENS,
+            bf16=on_gpu(),
+            use_cpu=not on_gpu(),
+            gradient_checkpointing=False,
+            dataloader_num_workers=0,
+            report_to=[],
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            seed=0,
+        ),
+        train_dataset=Dataset.from_list(conversations),
+        processing_class=tokenizer(home),
+        peft_config=adapter(),
+    )
+    with memory(gpu=on_gpu()) as used:
+        began = time.perf_counter()
+        trainer.train()
+        settle()
+        seconds = time.perf_counter() - began
+    return Measured(trainer.useful, seconds, used[0], max(used), 0.0)
+
+
+def questions() -> list[Any]:
+    """The prompts of the committed answers."""
+    from recoup.schemas import Message, Prompt
+
+    rows = map(json.loads, ANSWERS.read_text("utf-8").splitlines())
+    return [Prompt(messages=[Message(role="user", content=row["prompt"])]) for row in rows]
 
 
 def train_trl(home: Path, kind: str, vocabulary: int | None) -> Measured:
@@ -264,6 +371,9 @@ def flops() -> float:
 def child(contender: str, home: Path, kind: str, vocabulary: int | None) -> Measured:
     if contender == "trl":
         return train_trl(home, kind, vocabulary)
+    if contender in ROLLED:
+        refresh = ROLLED[contender]
+        return train_on_rollouts(home, refresh) if refresh else train_trl_on_rollouts(home)
     return train_recoup(contender, home, kind, vocabulary)
 
 
@@ -294,6 +404,25 @@ def speed(home: Path, rounds: int) -> None:
                 *(f"{median(run.peak_mib for run in runs):,.0f}", f"{above:,.0f}"),
             )
             print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def rollout_table(home: Path, rounds: int) -> None:
+    print(f"{platform.machine()}, {flops() / 1e9:.0f} GFLOP/s in matrix products, {rounds} rounds, medians\n")
+    print("| contender | useful tokens | useful tokens/s | × TRL | peak MiB |")
+    print("|---|---|---|---|---|")
+    found: dict[str, list[Measured]] = {name: [] for name in ROLLED}
+    for _ in range(rounds):
+        for name, runs in found.items():
+            runs.append(measure(name, "mixed", home))
+    for name, runs in found.items():
+        pairs = zip(runs, found["trl_rollouts"], strict=True)
+        cells = (
+            *(name, f"{median(run.tokens for run in runs):,.0f}"),
+            f"{median(run.speed for run in runs):.1f}",
+            f"{median(mine.speed / theirs.speed for mine, theirs in pairs):.2f}",
+            f"{median(run.peak_mib for run in runs):,.0f}",
+        )
+        print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def memory_table(home: Path) -> None:
@@ -409,7 +538,7 @@ def make_answers(home: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=("speed", "memory", "agree", "answers", "child"))
+    parser.add_argument("what", choices=("speed", "rollouts", "memory", "agree", "answers", "child"))
     parser.add_argument("child", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--home", type=Path, default=Path(".recoup/grid"), help="where the teacher is made")
     parser.add_argument("--rounds", type=int, default=2)
@@ -417,6 +546,7 @@ def main() -> None:
     chosen = parser.parse_args()
     commands: dict[str, Callable[[], None]] = {
         "speed": lambda: speed(chosen.home, chosen.rounds),
+        "rollouts": lambda: rollout_table(chosen.home, chosen.rounds),
         "memory": lambda: memory_table(chosen.home),
         "agree": lambda: agree(chosen.home),
         "answers": lambda: make_answers(chosen.home),

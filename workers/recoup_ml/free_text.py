@@ -20,7 +20,8 @@ def free_texts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int, tokens: int
 ) -> list[Answered]:
     """`count` texts, each of a first token and at most `tokens` more; the same ones every time."""
-    tokens = min(tokens, model.config.get_text_config().max_position_embeddings - 1)
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", tokens + 1)
+    tokens = min(tokens, room - 1)
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
         ordinary_V = torch.ones(len(tokenizer))
