@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from recovery import FolderJournal
+from recovery import FolderJournal, device
 
 ROWS = Path(__file__).with_name("prevention.jsonl")
 METHODS = ("sft", "rewrite_sft", "self_demonstration")
@@ -95,6 +95,7 @@ def row(way: str, seed: int, report: dict[str, Any], minutes: float) -> dict[str
         "checkpoints": training["checkpoints"],
         "minutes": minutes,
         "cpu_minutes": (used.ru_utime + used.ru_stime) / 60,
+        **device(),
         "versions": report["provenance"]["versions"],
         "date": time.strftime("%Y-%m-%d"),
     }

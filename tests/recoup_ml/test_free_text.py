@@ -30,7 +30,7 @@ def test_texts_are_the_same_every_time_and_leave_the_dice_alone(
 def test_texts_are_likely_to_who_wrote_them(
     healthy: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """Sampled at temperature 1 they cost the writer its entropy; words drawn blindly would cost more."""
+    """They cost the writer about its entropy; words drawn blindly would cost more."""
     found = free_texts(healthy, tokenizer, 24, 24)
     ids = [torch.tensor([text.prompt_ids + text.answer_ids]) for text in found]
     noise = [torch.randint(len(tokenizer), text_1T.shape) for text_1T in ids]

@@ -1,7 +1,7 @@
 """What a model writes unasked: text of every kind that it knows, for a repair to be fitted to beside answers.
 
 A repair that saw nothing but short answers makes a model worse at all other text. So the teacher writes some,
-from tokens drawn at random on, sampled at temperature 1 (data-free distillation, LLM-QAT, arXiv 2305.17888).
+sampled from tokens drawn at random on (data-free distillation, LLM-QAT, arXiv 2305.17888).
 """
 
 import torch
@@ -11,7 +11,8 @@ from recoup.schemas import Message, Prompt
 from recoup_ml.generate import LocalEngine
 from recoup_ml.sequences import Answered, Encoded
 
-SEED = 0
+SEED, TEMPERATURE = 0, 0.7
+"""At 1 a small model loses the thread, and what is fitted to its words fits less (docs/03-methods.md)."""
 NOTHING = Prompt(messages=[Message(role="user", content="?")])
 """Stands where an answer has its prompt."""
 
@@ -28,4 +29,5 @@ def free_texts(
         ordinary_V[tokenizer.all_special_ids] = 0.0
         first = torch.multinomial(ordinary_V, count, replacement=count > int(ordinary_V.sum())).tolist()
         begun = [Encoded(NOTHING, (token,)) for token in first]
-        return LocalEngine(model, tokenizer, temperature=1.0).answer(begun, tokens, lambda _done: None)
+        writer = LocalEngine(model, tokenizer, temperature=TEMPERATURE)
+        return writer.answer(begun, tokens, lambda _done: None)
