@@ -221,24 +221,7 @@ def train_trl_on_rollouts(home: Path) -> Measured:
     trainer = Counting(
         model=student,
         teacher_model=teacher,
-        args=DistillationConfig(
-            output_dir="unused",
-            max_steps=len(asked) // BATCH,
-            per_device_train_batch_size=BATCH,
-            learning_rate=RATE,
-            beta=0.0,
-            temperature=1.0,
-            max_completion_length=ROLLED_TOKENS,
-            bf16=on_gpu(),
-            use_cpu=not on_gpu(),
-            gradient_checkpointing=False,
-            dataloader_num_workers=0,
-            report_to=[],
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
-            seed=0,
-        ),
+        args=DistillationConfig(**alike(steps=len(asked) // BATCH), max_completion_length=ROLLED_TOKENS),
         train_dataset=Dataset.from_list(conversations),
         processing_class=tokenizer(home),
         peft_config=adapter(),
@@ -249,6 +232,27 @@ def train_trl_on_rollouts(home: Path) -> Measured:
         settle()
         seconds = time.perf_counter() - began
     return Measured(trainer.useful, seconds, used[0], max(used), 0.0)
+
+
+def alike(steps: int) -> dict[str, Any]:
+    """What both of TRL's trainers are told: forward KL on whole distributions, nothing beside the steps."""
+    return {
+        "output_dir": "unused",
+        "max_steps": steps,
+        "per_device_train_batch_size": BATCH,
+        "learning_rate": RATE,
+        "beta": 0.0,
+        "temperature": 1.0,
+        "bf16": on_gpu(),
+        "use_cpu": not on_gpu(),
+        "gradient_checkpointing": False,
+        "dataloader_num_workers": 0,
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+        "seed": 0,
+    }
 
 
 def questions() -> list[Any]:
@@ -267,24 +271,10 @@ def train_trl(home: Path, kind: str, vocabulary: int | None) -> Measured:
         model=student,
         teacher_model=teacher,
         args=GKDConfig(
-            output_dir="unused",
-            max_steps=len(given) // BATCH,
-            per_device_train_batch_size=BATCH,
-            learning_rate=RATE,
+            **alike(steps=len(given) // BATCH),
             lmbda=0.0,
-            beta=0.0,
-            temperature=1.0,
-            bf16=on_gpu(),
-            use_cpu=not on_gpu(),
-            gradient_checkpointing=False,
             train_sampling_strategy="group_by_length",
             length_column_name="length",
-            dataloader_num_workers=0,
-            report_to=[],
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
-            seed=0,
         ),
         train_dataset=dataset(given),
         data_collator=collate,
