@@ -126,7 +126,7 @@ def train_recoup(contender: str, home: Path, kind: str, vocabulary: int | None) 
         course = FixedCourse(distributions(given, observe(teacher, given, 0), top_k, 1.0), BATCH, 0)
         del teacher
     models.release()
-    training = trainer(load(home, vocabulary), "teacher", len(given) // BATCH, top_k)
+    training = training_of(load(home, vocabulary), "teacher", len(given) // BATCH, top_k)
     with memory(gpu=on_gpu()) as used:
         began = time.perf_counter()
         training.run(training.plan.phases[0], course)
@@ -136,7 +136,7 @@ def train_recoup(contender: str, home: Path, kind: str, vocabulary: int | None) 
     return Measured(tokens, seconds, used[0], max(used), work(student, given, beside=contender == "beside"))
 
 
-def trainer(student: Any, data: Any, steps: int, top_k: int | None) -> Any:
+def training_of(student: Any, data: Any, steps: int, top_k: int | None) -> Any:
     """A `Training` of the student that validates nothing."""
     import math
 
@@ -191,7 +191,7 @@ def train_on_rollouts(home: Path, refresh: int) -> Measured:
         natural_text=[],
         vllm_urls=(),
     )
-    training = trainer(models.load(teacher), "student", len(run.prompts) // BATCH, None)
+    training = training_of(models.load(teacher), "student", len(run.prompts) // BATCH, None)
     room = Room(run, training.plan, training.trainee, tokenizer(home), Path("unused"), ALONE)
     with ExitStack() as ends, memory(gpu=on_gpu()) as used:
         course = rollouts(room, encode(run.prompts, room.tokenizer, 1024), {}, ends)

@@ -42,13 +42,11 @@ def test_texts_are_likely_to_who_wrote_them(
     assert own < 0.7 * blind
 
 
-def test_a_short_context_bounds_them(healthy: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    room = healthy.config.max_position_embeddings
-    healthy.config.max_position_embeddings = 8
-    try:
-        assert max(map(len, free_texts(healthy, tokenizer, 12, 20))) == 8
-    finally:
-        healthy.config.max_position_embeddings = room
+def test_a_short_context_bounds_them(
+    healthy: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(healthy.config, "max_position_embeddings", 8)
+    assert max(map(len, free_texts(healthy, tokenizer, 12, 20))) == 8
 
 
 def test_a_reconstruction_that_saw_them_is_nearer_on_such_text(
