@@ -127,13 +127,18 @@ def train_recoup(contender: str, home: Path, kind: str, vocabulary: int | None) 
         del teacher
     models.release()
     training = training_of(load(home, vocabulary), "teacher", len(given) // BATCH, top_k)
-    with memory(gpu=on_gpu()) as used:
-        began = time.perf_counter()
-        training.run(training.plan.phases[0], course)
-        settle()
-        seconds = time.perf_counter() - began
+    seconds, used = clocked(lambda: training.run(training.plan.phases[0], course))
     tokens, student = sum(len(item.answer_ids) for item in given), training.trainee.model
     return Measured(tokens, seconds, used[0], max(used), work(student, given, beside=contender == "beside"))
+
+
+def clocked(train: Callable[[], object]) -> tuple[float, list[float]]:
+    """Seconds that it took, and the memory of the process meanwhile, MiB, at first as it was before."""
+    with memory(gpu=on_gpu()) as used:
+        began = time.perf_counter()
+        train()
+        settle()
+        return time.perf_counter() - began, used
 
 
 def training_of(student: Any, data: Any, steps: int, top_k: int | None) -> Any:
@@ -193,12 +198,9 @@ def train_on_rollouts(home: Path, refresh: int) -> Measured:
     )
     training = training_of(models.load(teacher), "student", len(run.prompts) // BATCH, None)
     room = Room(run, training.plan, training.trainee, tokenizer(home), Path("unused"), ALONE)
-    with ExitStack() as ends, memory(gpu=on_gpu()) as used:
+    with ExitStack() as ends:
         course = rollouts(room, encode(run.prompts, room.tokenizer, 1024), {}, ends)
-        began = time.perf_counter()
-        training.run(training.plan.phases[0], course)
-        settle()
-        seconds = time.perf_counter() - began
+        seconds, used = clocked(lambda: training.run(training.plan.phases[0], course))
     return Measured(training.report("student", 0, 0, None).tokens, seconds, used[0], max(used), 0.0)
 
 
@@ -226,11 +228,7 @@ def train_trl_on_rollouts(home: Path) -> Measured:
         processing_class=tokenizer(home),
         peft_config=adapter(),
     )
-    with memory(gpu=on_gpu()) as used:
-        began = time.perf_counter()
-        trainer.train()
-        settle()
-        seconds = time.perf_counter() - began
+    seconds, used = clocked(trainer.train)
     return Measured(trainer.useful, seconds, used[0], max(used), 0.0)
 
 
@@ -281,11 +279,7 @@ def train_trl(home: Path, kind: str, vocabulary: int | None) -> Measured:
         processing_class=tokenizer(home),
         peft_config=adapter(),
     )
-    with memory(gpu=on_gpu()) as used:
-        began = time.perf_counter()
-        trainer.train()
-        settle()
-        seconds = time.perf_counter() - began
+    seconds, used = clocked(trainer.train)
     tokens = sum(len(item.answer_ids) for item in given)
     return Measured(tokens, seconds, used[0], max(used), work(student, given, beside=True))
 
