@@ -44,7 +44,7 @@ HARNESS_TOKENS = 1024
 """A document of lm-evaluation-harness, a guess: four choices, each behind a prompt of 256 tokens."""
 FORMS_OF_LOSS = 6
 """Pieces of logits that a divergence holds at once."""
-CPU_TOKENS, FEWEST_TOKENS, MOST_TOKENS, SHARE = 256, 256, 8_192, 0.5
+CPU_TOKENS, FEWEST_TOKENS, MOST_TOKENS, SHARE = 384, 256, 8_192, 0.5
 RECOMPUTED, WORKING, RECOMPUTE_BELOW = 2, 2, 1024
 """As in `recoup_ml/room.py`, which settles by what is free how many tokens go through a student at once."""
 
