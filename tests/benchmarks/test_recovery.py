@@ -67,6 +67,29 @@ def test_two_runs_are_paired_over_their_test_sequences() -> None:
     assert (found.value, found.low, found.high) == pytest.approx((0.3, 0.3, 0.3))
 
 
+def test_each_run_is_judged_by_the_gap_of_its_own_student() -> None:
+    from recovery_table import lead
+
+    shared = {"tokens": [10, 20, 30], "floor": [0.0, 0.0, 0.0]}
+    ours = {"sequences": {**shared, "before": [10.0, 20.0, 30.0], "after": [1.0, 2.0, 3.0]}}
+    theirs = {"sequences": {**shared, "before": [20.0, 40.0, 60.0], "after": [8.0, 16.0, 24.0]}}
+    found = lead(ours, theirs)
+    assert (found.value, found.low, found.high) == pytest.approx((0.3, 0.3, 0.3))
+
+
+def test_a_lead_says_when_the_two_ran_on_two_machines() -> None:
+    import recovery
+    from recovery_table import tables
+
+    reports = json.loads((FOLDER.parent / "tests/recoup_ml/sample_report.json").read_text())
+    there = recovery.row("final", "drop4", "auto", 1, reports["recovered"], 60.0) | {"device": "NVIDIA H200"}
+    there["sequences"] = {"tokens": [10, 20], "floor": [0, 0], "before": [10, 20], "after": [1, 2]}
+    here = there | {"method": "sft", "device": "cpu"}
+    here["sequences"] = there["sequences"] | {"before": [20, 40], "after": [8, 16]}
+    (line,) = [line for line in tables([there, here]).splitlines() if line.startswith("`auto`")]
+    assert line.endswith("sft +0.300 [+0.300, +0.300] (seed 1, cpu behind H200, students of two machines).")
+
+
 def test_runs_on_other_sequences_are_not_paired() -> None:
     from recovery_table import lead
 
