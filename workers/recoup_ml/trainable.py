@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from recoup.schemas.request import MOST_RANK
 from recoup_ml.errors import UnsupportedRequest
+from recoup_ml.fused_adapter import fuse
 from recoup_ml.hidden import decoder_blocks
 from recoup_ml.models import HALVES
 from recoup_ml.plan import Trainable
@@ -99,7 +100,7 @@ def prepare(
     """
     torch.manual_seed(seed)
     if adapter:
-        return Trainee(student, "lora", adapter)
+        return Trainee(student, "lora", fuse(adapter))
     if plan.mode == "full":
         return _full(student, plan.keep_zeros)
     student.requires_grad_(False)
@@ -114,7 +115,7 @@ def prepare(
         _config(student, plan, distance_by_layer),
         autocast_adapter_dtype=plan.mode == "dora",  # which divides by norms; others have float32 masters
     )
-    return Trainee(student, plan.mode, adapter)
+    return Trainee(student, plan.mode, fuse(adapter))
 
 
 def ranks(rank: int, distance_by_layer: Sequence[float]) -> list[int]:
