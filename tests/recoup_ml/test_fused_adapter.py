@@ -1,6 +1,7 @@
 """An adapter that is added within its product is the adapter that PEFT makes of the same numbers."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,26 +9,19 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from recoup_ml.fused_adapter import fuse
 
 IDS_BT = torch.arange(3, 27).reshape(2, 12)
 
 
-def llama() -> PreTrainedModel:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-        )
-    )
+@pytest.fixture
+def llama(make_model: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+    return make_model(layers=2)
 
 
+@pytest.fixture
 def gpt2() -> PreTrainedModel:
     """Whose layers are `Conv1D`."""
     return GPT2LMHeadModel(
@@ -50,23 +44,28 @@ def learnt(model: PeftModel) -> tuple[Tensor, dict[str, Tensor]]:
     return loss, {name: slope for name, slope in slopes.items() if slope is not None}
 
 
-@pytest.mark.parametrize("make", [llama, gpt2])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("alpha", [12, 20])
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
-def test_loss_and_slopes_are_those_of_the_plain_adapter(make: Any, alpha: int) -> None:
+def test_loss_and_slopes_are_those_of_the_plain_adapter(
+    request: pytest.FixtureRequest, family: str, alpha: int
+) -> None:
     torch.manual_seed(0)
-    plain = adapted(make(), lora_alpha=alpha).double()
+    plain = adapted(request.getfixturevalue(family), lora_alpha=alpha).double()
     fused = fuse(copy.deepcopy(plain))
     (loss, slopes), (wanted, wanted_slopes) = learnt(fused), learnt(plain)
     torch.testing.assert_close(loss, wanted)
     torch.testing.assert_close(slopes, wanted_slopes)
 
 
-def test_every_linear_layer_is_fused_and_dora_is_left_as_it_is() -> None:
-    layers = [layer for layer in fuse(adapted(llama())).modules() if isinstance(layer, LoraLayer)]
+def test_every_linear_layer_is_fused(llama: PreTrainedModel) -> None:
+    layers = [layer for layer in fuse(adapted(llama)).modules() if isinstance(layer, LoraLayer)]
     assert len(layers) == 2 * 7
     assert all(layer.lora_variant for layer in layers)
-    dora = adapted(llama(), use_dora=True)
+
+
+def test_dora_is_left_as_it_is(llama: PreTrainedModel) -> None:
+    dora = adapted(llama, use_dora=True)
     kept = [dict(layer.lora_variant) for layer in dora.modules() if isinstance(layer, LoraLayer)]
     assert kept == [layer.lora_variant for layer in fuse(dora).modules() if isinstance(layer, LoraLayer)]
 
