@@ -18,7 +18,7 @@ SAME_STUDENT = 1e-3
 def tables(rows: Sequence[Row]) -> str:
     """Markdown: a table a damage and stage, then how alignment went with recovery."""
     parts = []
-    for stage in ("final", "screen"):
+    for stage in ("final", "check", "screen"):
         for damage in dict.fromkeys(row["damage"] for row in rows if row["stage"] == stage):
             chosen = [row for row in rows if (row["stage"], row["damage"]) == (stage, damage)]
             parts.append(f"### {damage}, {stage}\n\n{_table(chosen)}")
